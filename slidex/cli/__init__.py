@@ -1,0 +1,5 @@
+"""Command line of slidex."""
+
+
+def main() -> None:
+    """Entry point."""
