@@ -155,8 +155,8 @@ class MetricAccumulator:
         """Add a batch of rows.
 
         Args:
-            topk_ids: integer (N, at least max(ks)), predicted classes, best first, distinct within a row; -1
-                where a row has fewer predictions. Columns past max(ks) are ignored.
+            topk_ids: integer (N, at least min(max(ks), C)), predicted classes, best first, distinct within a
+                row; -1 where a row has fewer predictions. Columns past max(ks) are ignored.
             labels: N rows by C columns, the true classes; every stored entry counts, whatever its value.
 
         Raises:
@@ -165,13 +165,16 @@ class MetricAccumulator:
         """
         num_classes, K = len(self._group_C), self._ks[-1]
         caller = "MetricAccumulator.update"
-        fits = topk_ids.ndim == 2 and topk_ids.dtype.kind == "i" and topk_ids.shape[1] >= K
+        narrowest = min(K, num_classes)
+        fits = topk_ids.ndim == 2 and topk_ids.dtype.kind == "i" and topk_ids.shape[1] >= narrowest
         got = (str(topk_ids.dtype), *topk_ids.shape)
-        _require(fits, "topk_ids", caller, f"a signed integer array (N, {K} or more), padded with -1", got)
+        constraint = f"a signed integer array (N, {narrowest} or more), padded with -1"
+        _require(fits, "topk_ids", caller, constraint, got)
         expected = (len(topk_ids), num_classes)
         got = (labels.num_rows, labels.num_columns)
         _require(got == expected, "labels", caller, f"{expected[0]} rows by {expected[1]} columns", got)
-        topk_NK = np.ascontiguousarray(topk_ids[:, :K], dtype=np.int64)
+        topk_NK = np.full((len(topk_ids), K), -1, dtype=np.int64)
+        topk_NK[:, : topk_ids.shape[1]] = topk_ids[:, :K]
         _check_range(topk_NK, -1, num_classes, "predicted class")
         _check_range(labels.indices, 0, num_classes, "true class")
         repeated = _first_repeat(topk_NK)

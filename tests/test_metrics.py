@@ -247,6 +247,13 @@ def test_predictions_that_do_not_fit_are_refused(topk, error, message):
     assert metrics.compute()["rows"] == 0
 
 
+def test_k_may_exceed_the_number_of_classes():
+    metrics = MetricAccumulator(np.array([2, 1]), 3, (1, 5))
+    metrics.update(np.array([[1, 0]]), csr([[0]], 2))
+    result = metrics.compute()
+    assert (result["P@1"], result["P@5"], result["recall@5"]) == (0, 0.2, 1)
+
+
 def test_labels_out_of_range_are_refused():
     metrics = MetricAccumulator(np.full(NUM_CLASSES, 1), 10, (1,))
     with pytest.raises(DataError, match="true class"):
