@@ -1,3 +1,37 @@
-"""slidex: classifiers with very many classes, computed on the classes that matter."""
+"""slidex: classifiers with very many classes, computed on the classes that matter.
+
+The public names load their modules on first use, so that ``import slidex`` and ``slidex --help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from slidex import errors
+
+if TYPE_CHECKING:
+    from slidex.data import Dataset
+    from slidex.train.config import TrainConfig
+    from slidex.train.evaluate import evaluate
+    from slidex.train.loop import train
+    from slidex.train.predict import predict
+    from slidex.train.run import Run
 
 __version__ = "0.1.0"
+__all__ = ["Dataset", "Run", "TrainConfig", "__version__", "errors", "evaluate", "predict", "train"]
+
+_HOME = {
+    "Dataset": "slidex.data",
+    "Run": "slidex.train.run",
+    "TrainConfig": "slidex.train.config",
+    "evaluate": "slidex.train.evaluate",
+    "predict": "slidex.train.predict",
+    "train": "slidex.train.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slidex' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,135 @@
+"""``slidex inspect`` and ``slidex doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Also read everything and compare checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, verify: bool, as_json: bool) -> None:
+    r"""Describe a prepared data set or a run directory.
+
+    \b
+    Examples:
+      slidex inspect data
+      slidex inspect run --json
+    """
+    from slidex.errors import DataError  # noqa: PLC0415
+
+    if (path / "meta.json").is_file():
+        facts = data_facts(path, verify)
+    elif (path / "run.json").is_file():
+        facts = run_facts(path, verify)
+    else:
+        raise DataError(
+            "is neither a data set (it has no meta.json) nor a run (it has no run.json).", path=path
+        )
+    if as_json:
+        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            click.echo(f"{name}:")
+            for inner, detail in value.items():
+                click.echo(f"  {inner:<22} {readable(detail)}")
+        else:
+            click.echo(f"{name:<24} {readable(value)}")
+
+
+def readable(value: Any) -> str:
+    """A value as a person writes it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {readable(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(readable(inner) for inner in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def data_facts(path: Path, verify: bool) -> dict[str, Any]:
+    """What there is to say of a data set."""
+    import numpy as np  # noqa: PLC0415
+
+    from slidex.data import Dataset  # noqa: PLC0415
+
+    dataset = Dataset.open(path)
+    if verify:
+        dataset.verify()
+    counts = dataset.class_counts()
+    names = dataset.label_names()
+    most = [int(c) for c in np.argsort(-counts, kind="stable")[:5]]
+    return {
+        "data set": str(path),
+        "made from": dataset.meta["source"].get("format", "unknown"),
+        "classes": dataset.num_classes,
+        "features": dataset.num_features,
+        "vectorizer": dataset.meta["vectorizer"],
+        "bytes": sum(file["bytes"] for file in dataset.meta["files"].values()),
+        "checksums": "verified" if verify else "not read (use --verify)",
+        "splits": dataset.meta["splits"],
+        "training classes": {
+            "without rows": int((counts == 0).sum()),
+            "with one row": int((counts == 1).sum()),
+            "most frequent": {names[c] if names else str(c): int(counts[c]) for c in most},
+        },
+        "notes": dataset.meta["extra"],
+    }
+
+
+def run_facts(path: Path, verify: bool) -> dict[str, Any]:
+    """What there is to say of a run."""
+    from slidex.train.checkpoint import list_checkpoints  # noqa: PLC0415
+    from slidex.train.run import Run  # noqa: PLC0415
+
+    run = Run.open(path)
+    checkpoints = list_checkpoints(run.checkpoints)
+    if verify:
+        for checkpoint in checkpoints:
+            checkpoint.verify()
+    log = run.log()
+    latest = {
+        kind: next((e for e in reversed(log) if e["event"] == kind), None)
+        for kind in ("report", "validation")
+    }
+    return {
+        "run": str(path),
+        "data set": run.meta["data"]["path"],
+        "classes": run.meta["num_classes"],
+        "features": run.meta["num_features"],
+        "made with": f"slidex {run.meta['slidex']}, torch {run.meta['torch']}",
+        "checkpoints": [checkpoint.path.name for checkpoint in checkpoints],
+        "best validation": run.best(),
+        "checksums": "verified" if verify else "not read (use --verify)",
+        "last report": latest["report"],
+        "last validation": latest["validation"],
+        "settings": run.meta["config"],
+    }
+
+
+@click.command()
+@click.option("--classes", type=click.IntRange(min=1), help="Classes to plan for.")
+@click.option("--width", default=128, type=click.IntRange(min=1), help="Width of the hidden vector.")
+@click.option("--batch", default=256, type=click.IntRange(min=1), help="Rows in a step.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(classes: int | None, width: int, batch: int, as_json: bool) -> None:
+    r"""Report versions, threads and hardware, and which way of training fits a model of the given size.
+
+    \b
+    Examples:
+      slidex doctor
+      slidex doctor --classes 1000000 --width 128 --batch 256
+    """
+    from slidex.doctor import format_report, report  # noqa: PLC0415
+
+    facts = report(num_classes=classes, hidden_width=width, batch_size=batch)
+    click.echo(json.dumps(facts, indent=1) if as_json else format_report(facts))

@@ -1,0 +1,108 @@
+"""``slidex train``. Its options are the fields of `TrainConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import click
+
+from slidex.train.config import PRESETS, TrainConfig, read_toml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Widths(click.ParamType):
+    """Whole numbers, comma-separated."""
+
+    name = "INTEGER,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Text to a tuple."""
+        try:
+            return (
+                value if isinstance(value, tuple) else tuple(int(part) for part in value.split(",") if part)
+            )
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 512,128.", param, ctx)
+
+
+def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option for every field of `TrainConfig`; one that is not given is None."""
+    hints = get_type_hints(TrainConfig)
+    for item in reversed(dataclasses.fields(TrainConfig)):
+        hint = hints[item.name]
+        kind = next((k for k in get_args(hint) if k is not types.NoneType), hint) if get_args(hint) else hint
+        flag = "--" + item.name.replace("_", "-")
+        limits = item.metadata
+        options: dict[str, Any] = {"default": None, "help": limits["help"]}
+        if item.default is not None:
+            options["show_default"] = str(item.default).lower() if kind is bool else str(item.default or 0)
+        if item.name == "dense_widths":
+            options |= {"type": Widths(), "show_default": "none"}
+        elif kind is bool:
+            flag = f"{flag}/--no-{flag[2:]}"
+        elif "choices" in limits:
+            options["type"] = click.Choice(limits["choices"])
+        else:
+            options["type"] = kind
+        command = click.option(flag, item.name, **options)(command)
+    return command
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings by name; options override them.")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    help="TOML file of settings; options override it.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out from its newest checkpoint.")
+@click.option("--print-config", is_flag=True, help="Print all settings as JSON and stop.")
+@config_options
+def train(
+    data: Path,
+    out: Path,
+    preset: str | None,
+    config_file: Path | None,
+    resume: bool,
+    print_config: bool,
+    **given: Any,
+) -> None:
+    r"""Train a model on the prepared data set DATA.
+
+    Settings come from options, then SLIDEX_TRAIN_* environment variables, then --config, then --preset, then the
+    defaults. Ctrl-C and SIGTERM save the state first; continue with --resume.
+
+    \b
+    Examples:
+      slidex train data --out run
+      slidex train data --out run --mode per_sample --epochs 3 --rehash drift
+    """
+    settings = read_toml(config_file) if config_file else {}
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if resume and not preset:
+        from slidex.train.run import Run  # noqa: PLC0415
+
+        settings = Run.open(out).meta["config"] | settings
+    config = TrainConfig.from_mapping(settings, preset=preset)
+    if print_config:
+        import json  # noqa: PLC0415
+
+        click.echo(json.dumps(config.to_mapping(), indent=1))
+        return
+    from slidex.cli.training_display import TrainingDisplay  # noqa: PLC0415
+    from slidex.data import Dataset  # noqa: PLC0415
+    from slidex.train.loop import train as run_training  # noqa: PLC0415
+
+    with TrainingDisplay() as display:
+        run = run_training(Dataset.open(data), out, config, resume=resume, notify=display)
+    click.echo(f"trained: {run.path}", err=True)

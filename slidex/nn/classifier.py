@@ -1,0 +1,129 @@
+"""The whole model: encoder, output layer, and the index over the output layer's rows.
+
+Legend: N rows, C classes, D hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from slidex.errors import ConfigError, DataError
+from slidex.lsh import ClassSampler, make_index
+from slidex.nn.candidates import CandidateSelector
+from slidex.nn.encoder import BagEncoder
+from slidex.nn.head import SampledHead
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from slidex.data.csr import CsrArrays
+    from slidex.lsh import CandidateIndex
+    from slidex.train.config import TrainConfig
+
+PREDICT_ROWS = 512
+"""Rows scored at once in prediction."""
+PREDICT_CANDIDATES = 1024
+"""Classes asked of the index for each row in indexed prediction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """Encoder and head with the index over the head's rows.
+
+    Args:
+        encoder: Sparse features to hidden vectors.
+        head: Hidden vectors to classes.
+        index: Over ``[head.weight, head.bias]``; None in exact mode or with random classes only.
+    """
+
+    encoder: BagEncoder
+    head: SampledHead
+    index: CandidateIndex | None
+
+    @classmethod
+    def from_config(
+        cls, config: TrainConfig, num_features: int, num_classes: int, class_counts: np.ndarray
+    ) -> Classifier:
+        """A model with initial weights.
+
+        Args:
+            config: With `mode` and `precision` other than ``auto``.
+            num_features: F.
+            num_classes: C.
+            class_counts: int64 (C,), training frequency of every class.
+        """
+        encoder = BagEncoder(
+            num_features,
+            config.hidden_width,
+            dense_widths=config.dense_widths,
+            input_dropout=config.input_dropout,
+            hidden_dropout=config.hidden_dropout,
+            normalize=config.normalize,
+            seed=config.seed,
+        )
+        index = make_config_index(config, encoder.out_features, num_classes)
+        negatives = config.pool_size if config.mode == "shared" else config.active_size
+        random = negatives if index is None else round(negatives * config.random_share)
+        selector = None
+        if config.mode != "exact":
+            selector = CandidateSelector(
+                num_classes,
+                index=index,
+                sampler=ClassSampler(num_classes, class_counts, config.random_power, seed=config.seed + 3),
+                retrieved=negatives - random,
+                random=random,
+                correction=config.correction,
+                class_counts=class_counts,
+            )
+        head = SampledHead(
+            encoder.out_features,
+            num_classes,
+            mode=config.mode,
+            loss=config.loss,
+            precision=config.precision,
+            selector=selector,
+            seed=config.seed + 1,
+        )
+        return cls(encoder, head, index)
+
+    def topk(
+        self, x: CsrArrays, k: int, *, indexed: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Scores float32 (n, k) and class ids int64 (n, k) of the best classes, for consecutive blocks of rows.
+
+        Args:
+            x: Rows of features.
+            k: Classes per row.
+            indexed: Score only the classes that the index returns; otherwise all classes.
+
+        Raises:
+            DataError: if `x` has another number of features than the model.
+            ConfigError: if `indexed` is asked of a model without an index.
+        """
+        if x.num_columns != self.encoder.bag.shape[0]:
+            raise DataError(
+                f"the data have {x.num_columns:,} features; the model was trained on {self.encoder.bag.shape[0]:,}."
+            )
+        if indexed and self.index is None:
+            raise ConfigError("This model was trained without an index; predict with exact scoring.")
+        for start in range(0, x.num_rows, PREDICT_ROWS):
+            rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
+            with torch.no_grad():
+                hidden_ND = self.encoder(rows)
+                candidates_NA = None
+                if indexed:
+                    candidates_NA = self.index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
+                yield self.head.topk(hidden_ND, k, candidates_NA=candidates_NA)
+
+
+def make_config_index(config: TrainConfig, in_features: int, num_classes: int) -> CandidateIndex | None:
+    """The index that the settings ask for, not built yet."""
+    if config.mode == "exact" or config.index == "none":
+        return None
+    settings = {"bits": config.index_bits, "tables": config.index_tables, "probes": config.index_probes}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return make_index(config.index, in_features, num_classes, seed=config.seed + 2, **given)

@@ -1,0 +1,224 @@
+"""The output layer over all classes: loss, gradient and row updates on the classes that matter for the batch.
+
+One training step is two calls, so that a non-finite loss stops before anything is written:
+
+    scored = head.score(hidden_ND, labels, step)        # picks the classes, computes the loss and its gradient
+    grad_hidden_ND = head.update(scored, adam)          # gradient for the encoder; touched rows take an Adam step
+
+Legend: N rows in a batch, C classes, D hidden width, A active classes per row, U classes in a shared pool.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from slidex.errors import ConfigError
+from slidex.kernels import AdamStep, RowState
+from slidex.kernels import cpu as kernels
+
+if TYPE_CHECKING:
+    from slidex.data.csr import CsrArrays
+    from slidex.nn.candidates import CandidateSelector
+
+MODES = ("exact", "shared", "per_sample")
+LOSSES = ("softmax", "logistic")
+PRECISIONS = ("float32", "bfloat16")
+SCORE_CHUNK = 1 << 22
+"""Scores held at once by exact top-k: 16 MB, so that the top-k pass still finds them in cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What `SampledHead.score` leaves for `SampledHead.update`.
+
+    Args:
+        loss_N: float (N,), loss of every row.
+        active: How many classes a row was scored on, on average.
+        ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1; None means all.
+        query_seconds: Time spent on choosing them.
+    """
+
+    loss_N: torch.Tensor
+    active: float
+    ids: torch.Tensor | None
+    query_seconds: float
+    hidden_ND: torch.Tensor
+    grad: torch.Tensor
+    block_UD: torch.Tensor | None
+
+
+class SampledHead(nn.Module):
+    """A linear layer onto C classes that trains on an active set of them.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        mode: ``exact`` scores all classes; ``shared`` scores the batch on one pool of classes with matrix products
+            (MONGOOSE's way); ``per_sample`` scores each row on its own classes (SLIDE's way).
+        loss: ``softmax`` (a row's target mass is spread evenly over its true classes) or ``logistic``
+            (one-vs-all on the active classes).
+        precision: Of the matrix products in ``exact`` and ``shared`` mode; weights stay float32.
+        selector: Chooses the active classes; needed unless `mode` is ``exact``.
+        seed: Seed of the initial weights.
+
+    Raises:
+        ConfigError: if a setting is none of the values above, or a sampled mode has no selector.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        mode: str = "shared",
+        loss: str = "softmax",
+        precision: str = "float32",
+        selector: CandidateSelector | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, allowed in (
+            ("mode", mode, MODES),
+            ("loss", loss, LOSSES),
+            ("precision", precision, PRECISIONS),
+        ):
+            if value not in allowed:
+                raise ConfigError(
+                    f"The {name!r} parameter of SampledHead must be one of {allowed}. Got {value!r} instead."
+                )
+        if mode != "exact" and selector is None:
+            raise ConfigError(f"The 'selector' parameter of SampledHead must be given when mode is {mode!r}.")
+        self.in_features, self.num_classes = in_features, num_classes
+        self.mode, self.loss, self.precision, self.selector = mode, loss, precision, selector
+        generator = torch.Generator().manual_seed(seed)
+        weight_CD = torch.empty(num_classes, in_features).normal_(
+            0, 1 / math.sqrt(in_features), generator=generator
+        )
+        # Rows are written by the fused kernels, never by autograd.
+        self.weight = nn.Parameter(weight_CD, requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(num_classes), requires_grad=False)
+        self.weight_state = RowState.zeros_like(self.weight)
+        self.bias_state = RowState.zeros_like(self.bias)
+
+    def score(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
+        """Loss of every row over its active classes, and the gradient that `update` will apply.
+
+        Args:
+            hidden_ND: float32 (N, D), detached.
+            labels: True classes of the N rows.
+            step: Keys all randomness, so that a step can be repeated.
+        """
+        if self.mode == "per_sample":
+            return self._score_per_sample(hidden_ND, labels, step)
+        return self._score_block(hidden_ND, labels, step)
+
+    def update(self, scored: Scored, adam: AdamStep) -> torch.Tensor:
+        """Applies one Adam step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
+        grad = scored.grad.mul_(1 / max(1, scored.hidden_ND.shape[0]))
+        states = (self.weight, self.bias, self.weight_state, self.bias_state, adam)
+        if self.mode == "per_sample":
+            grad_hidden_ND = kernels.pair_hidden_grad(grad, self.weight, scored.ids)
+            kernels.pair_adam(grad, scored.hidden_ND, scored.ids, *states)
+            return grad_hidden_ND
+        grad_hidden_ND = self._matmul(grad, scored.block_UD)
+        grad_block_UD = self._matmul(grad.T, scored.hidden_ND)
+        ids_U = torch.arange(self.num_classes) if scored.ids is None else scored.ids
+        kernels.rows_adam(ids_U, grad_block_UD, grad.sum(0), *states)
+        return grad_hidden_ND
+
+    def _score_per_sample(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
+        started = time.perf_counter()
+        sets = self.selector.active_sets(hidden_ND, labels, step)
+        query_seconds = time.perf_counter() - started
+        logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, sets.active_NA)
+        if self.loss == "softmax":
+            loss_N, grad_NA = kernels.softmax_loss(logits_NA, sets.target_NA, sets.offset_NA)
+        else:
+            weight_NA = None if sets.offset_NA is None else sets.offset_NA.exp()
+            # One-vs-all: every true class is a full positive of its own binary problem.
+            loss_N, grad_NA = kernels.logistic_loss(
+                logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA
+            )
+        active = float((sets.active_NA >= 0).sum()) / max(1, hidden_ND.shape[0])
+        return Scored(loss_N, active, sets.active_NA, query_seconds, hidden_ND, grad_NA, None)
+
+    def _score_block(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
+        query_seconds = 0.0
+        if self.mode == "exact":
+            ids_U, offset_U, block_UD, bias_U = None, None, self.weight, self.bias
+            indptr, positions = (
+                torch.from_numpy(labels.indptr),
+                torch.from_numpy(labels.indices.astype(np.int64)),
+            )
+            counts = np.diff(labels.indptr)
+            weights = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND.dtype)
+        else:
+            started = time.perf_counter()
+            pool = self.selector.pool(hidden_ND, labels, step)
+            query_seconds = time.perf_counter() - started
+            ids_U, offset_U = pool.ids_U, pool.offset_U
+            indptr, positions, weights = pool.target_indptr, pool.target_positions, pool.target_weights
+            block_UD, bias_U = kernels.gather_rows(self.weight, self.bias, ids_U)
+        if self.precision == "bfloat16":
+            block_UD = block_UD.bfloat16()
+        logits_NU = self._matmul(hidden_ND, block_UD.T).add_(bias_U)
+        if self.loss == "softmax":
+            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights, offset_U)
+        else:
+            weight_U = None if offset_U is None else offset_U.exp()
+            loss_N = kernels.shared_logistic_loss(
+                logits_NU, indptr, positions, torch.ones_like(weights), weight_U
+            )
+        return Scored(loss_N, float(logits_NU.shape[1]), ids_U, query_seconds, hidden_ND, logits_NU, block_UD)
+
+    def _matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if self.precision == "float32":
+            return a @ b
+        return (a.bfloat16() @ b.bfloat16()).float()
+
+    @torch.no_grad()
+    def topk(
+        self, hidden_ND: torch.Tensor, k: int, *, candidates_NA: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best classes of every row, best first; never builds an (N, C) matrix.
+
+        Args:
+            hidden_ND: float32 (N, D).
+            k: Classes per row.
+            candidates_NA: int64 (N, A) padded with -1: score only these; None scores all classes.
+
+        Returns:
+            Scores float32 (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer classes.
+        """
+        if candidates_NA is None:
+            scores, ids = self._exact_topk(hidden_ND, min(k, self.num_classes))
+        else:
+            logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, candidates_NA)
+            scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
+            ids = candidates_NA.gather(1, slots)
+        missing = k - ids.shape[1]
+        return (
+            nn.functional.pad(scores, (0, missing), value=-math.inf),
+            nn.functional.pad(ids, (0, missing), value=-1),
+        )
+
+    def _exact_topk(self, hidden_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows = hidden_ND.shape[0]
+        scores = torch.empty(num_rows, 0)
+        ids = torch.empty(num_rows, 0, dtype=torch.int64)
+        chunk = max(1024, SCORE_CHUNK // max(1, num_rows))
+        for start in range(0, self.num_classes, chunk):
+            block = slice(start, start + chunk)
+            block_scores = torch.addmm(self.bias[block], hidden_ND, self.weight[block].T)
+            top, place = block_scores.topk(min(k, block_scores.shape[1]))
+            scores, ids = torch.cat([scores, top], 1), torch.cat([ids, place + start], 1)
+            scores, place = scores.topk(min(k, scores.shape[1]))
+            ids = ids.gather(1, place)
+        return scores, ids

@@ -1,0 +1,33 @@
+"""One size for every thread pool: torch's and Numba's would otherwise each take all cores."""
+
+from __future__ import annotations
+
+import os
+
+import numba
+import torch
+
+from slidex.errors import ConfigError
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(count: int | None) -> int:
+    """Sets torch's and Numba's pools to `count` threads (None: all usable cores) and returns the number.
+
+    Raises:
+        ConfigError: if Numba was started with fewer threads, e.g. by NUMBA_NUM_THREADS.
+    """
+    most = numba.config.NUMBA_NUM_THREADS
+    chosen = min(usable_cores(), most) if count is None else count
+    if chosen > most:
+        raise ConfigError(
+            f"The 'threads' setting must be at most {most}, the size of Numba's pool. Got {chosen} instead. "
+            "Set the environment variable NUMBA_NUM_THREADS for more."
+        )
+    torch.set_num_threads(chosen)
+    numba.set_num_threads(chosen)
+    return chosen

@@ -1,0 +1,497 @@
+"""The training loop: batches in, steps, rehashes, validations, checkpoints, and a truthful account of all of it.
+
+Everything random is a function of (seed, step), and the order of rows one of (seed, epoch), so the state to save is
+weights, moments, hash codes and a few counters, and a resumed run takes the very steps it would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from slidex import doctor
+from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
+from slidex.kernels import AdamStep
+from slidex.lsh import (
+    ClassSampler,
+    DriftSchedule,
+    ExponentialSchedule,
+    FixedSchedule,
+    RehashSchedule,
+    recall_at_k,
+)
+from slidex.metrics import MetricAccumulator
+from slidex.nn.classifier import Classifier
+from slidex.threads import set_threads
+from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
+from slidex.train.run import Run, fingerprint
+from slidex.train.signals import SignalCatcher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from slidex.data import Dataset
+    from slidex.data.csr import CsrArrays
+    from slidex.train.config import TrainConfig
+
+Notify = Callable[[str, dict[str, Any]], None]
+"""Called with an event and its facts: ``start``, ``message``, ``step``, ``report``, ``validation``, ``checkpoint``."""
+
+PROBE_ROWS, PROBE_K, PROBE_FOUND = 64, 10, 100
+"""The probe: on 64 rows, how many of the exact top 10 are among the index's first 100 proposals."""
+PROBE_SHARE = 0.02
+"""The index's recall is probed against exact top-k as long as that takes no more than this share of the time."""
+DRIFT_ROWS = 2048
+"""Rows on which the drift schedule measures how many codes have changed."""
+STREAM_ORDER, STREAM_VALID, STREAM_PROBE = range(3)
+RESUME_MAY_CHANGE = {
+    "epochs",
+    "max_steps",
+    "patience",
+    "checkpoint_every",
+    "keep_last",
+    "report_every",
+    "threads",
+}
+
+
+def train(
+    dataset: Dataset, out: Path, config: TrainConfig, *, resume: bool = False, notify: Notify | None = None
+) -> Run:
+    """Trains a model and leaves it in a run directory.
+
+    Args:
+        dataset: With a ``train`` split.
+        out: The run directory; must not hold anything yet, unless `resume`.
+        config: All settings.
+        resume: Continue from the newest checkpoint in `out` that passes its checksums. `config` must equal the
+            run's own, except for settings that say how long to train and how often to report.
+        notify: Told of everything that happens, as it happens.
+
+    Returns:
+        The run, with at least one checkpoint.
+
+    Raises:
+        CheckpointError: if `out` is in the way, or does not fit `dataset` and `config` when resuming.
+        DataError: if no training row has a label.
+        DivergedError: if the loss becomes non-finite; the step's update is not applied.
+        InterruptedRunError: after SIGTERM or Ctrl-C, when the state has been saved.
+    """
+    config = settle(config, dataset)
+    if resume:
+        run = Run.open(out)
+        _check_same_run(run, dataset, config)
+        return Trainer(dataset, config, notify or (lambda *_: None)).fit(run, resume=True)
+    trainer = Trainer(dataset, config, notify or (lambda *_: None))
+    return trainer.fit(Run.create(out, config, dataset), resume=False)
+
+
+def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts."""
+    set_threads(config.threads)
+    native_bf16 = doctor.has_native_bf16()
+    if config.precision == "auto":
+        config = replace(config, precision="bfloat16" if native_bf16 is True else "float32")
+    if config.mode == "auto":
+        width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
+        chosen = doctor.plan(
+            dataset.num_classes,
+            width,
+            config.batch_size,
+            pool_size=config.pool_size,
+            active=config.active_size,
+            native_bf16=config.precision == "bfloat16",
+        )
+        config = replace(config, mode=chosen.mode)
+    return config
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage since the last report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str) -> float:
+        """Books the time since the last lap on `stage`."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+        return elapsed
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Books `seconds` of one stage on another, which ran inside it."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
+
+class Trainer:
+    """One run in progress. Use `train`; this class is its parts by name."""
+
+    run: Run
+
+    def __init__(self, dataset: Dataset, config: TrainConfig, notify: Notify) -> None:
+        self.config, self.notify = config, notify
+        self.train_split = dataset.split("train")
+        self.class_counts = dataset.class_counts()
+        self.num_classes = dataset.num_classes
+        self.rows, self.valid = self._split_rows(dataset)
+        self.model = Classifier.from_config(
+            config, dataset.num_features, dataset.num_classes, self.class_counts
+        )
+        self.dense_optimizer = torch.optim.Adam(
+            [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad],
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+        )
+        self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
+        self.total_steps = self.steps_per_epoch * config.epochs
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.schedule = rehash_schedule(config)
+        self.step = 0
+        self.bad_validations = 0
+        self.seconds = 0.0
+        self.seen_C1 = np.zeros(dataset.num_classes + 1, dtype=bool)  # one more: padding, -1, lands there
+        self.watch = Stopwatch()
+        self._interval = {"steps": 0, "rows": 0, "loss": 0.0, "active": 0.0, "rehashes": 0}
+        self._probe_seconds = 0.0
+
+    def fit(self, run: Run, *, resume: bool) -> Run:
+        """Trains to the end, writing into `run`; see `train`."""
+        self.run = run
+        if resume:
+            self._load()
+        self.notify(
+            "start", {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
+        )
+        started = time.perf_counter() - self.seconds
+        with SignalCatcher() as signals:
+            for batch_x, batch_y in self._batches():
+                self._train_step(batch_x, batch_y)
+                self.seconds = time.perf_counter() - started
+                if self.step == self.total_steps or self.step % self.config.report_every == 0:
+                    self._report()
+                epoch_end = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+                stop = False
+                if self.valid and self._every(self.config.valid_every, epoch_end):
+                    stop = self._validate()
+                if (
+                    stop
+                    or self.step == self.total_steps
+                    or self._every(self.config.checkpoint_every, epoch_end)
+                ):
+                    self._save()
+                if signals.received:
+                    self._save()
+                    raise InterruptedRunError(
+                        f"stopped by {signals.received} after step {self.step:,}; the state is saved. "
+                        f"Continue with: slidex train DATA --out {self.run.path} --resume"
+                    )
+                if stop:
+                    break
+        return self.run
+
+    def _every(self, steps: int | None, epoch_end: bool) -> bool:
+        return epoch_end if steps is None else self.step % steps == 0
+
+    def _split_rows(self, dataset: Dataset) -> tuple[np.ndarray, tuple[CsrArrays, CsrArrays] | None]:
+        """Ids of the training rows that have a label, and features and labels of the validation rows."""
+        labels_per_row = np.diff(self.train_split.y.indptr)
+        rows = np.flatnonzero(labels_per_row)
+        if len(rows) == 0:
+            raise DataError("no row of the train split has a label.", path=dataset.path)
+        rng = counter_rng(self.config.seed, STREAM_VALID, 0)
+        split = None
+        if "valid" in dataset.splits:
+            split = dataset.split("valid")
+            chosen = np.arange(split.num_rows)
+        elif self.config.valid_fraction > 0:
+            split = self.train_split
+            chosen = rng.choice(rows, max(1, int(len(rows) * self.config.valid_fraction)), replace=False)
+            rows = np.setdiff1d(rows, chosen)
+        if split is None:
+            if self.config.patience is not None:
+                raise DataError(
+                    "the 'patience' setting needs validation rows: give 'valid_fraction', or prepare a valid split.",
+                    path=dataset.path,
+                )
+            return rows, None
+        if len(chosen) > self.config.valid_rows:
+            chosen = rng.choice(chosen, self.config.valid_rows, replace=False)
+        return rows, (split.x.take(chosen), split.y.take(chosen))
+
+    def _batches(self) -> Iterator[tuple[CsrArrays, CsrArrays]]:
+        """Batches from the current step to the last, the next one read while this one trains."""
+
+        def read(step: int) -> tuple[CsrArrays, CsrArrays]:
+            epoch, position = divmod(step, self.steps_per_epoch)
+            first = position * self.config.batch_size
+            chosen = np.sort(self._order(epoch)[first : first + self.config.batch_size])
+            return self.train_split.x.take(chosen), self.train_split.y.take(chosen)
+
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = None
+            for step in range(self.step, self.total_steps):
+                batch = upcoming.result() if upcoming is not None else read(step)
+                upcoming = pool.submit(read, step + 1) if step + 1 < self.total_steps else None
+                self.watch.lap("data")
+                yield batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_order_epoch", None) != epoch:
+            self._order_rows = counter_rng(self.config.seed, STREAM_ORDER, epoch).permutation(self.rows)
+            self._order_epoch = epoch
+        return self._order_rows
+
+    def _train_step(self, x: CsrArrays, y: CsrArrays) -> None:
+        """One step; `self.step` counts steps taken, so the step at hand has the next number."""
+        step, model, watch = self.step + 1, self.model, self.watch
+        self._rehash_if_due()
+        hidden_ND, graph = model.encoder.forward_train(x, step)
+        watch.lap("encoder")
+        scored = model.head.score(hidden_ND, y, step)
+        watch.lap("kernel")
+        watch.move("kernel", "query", scored.query_seconds)
+        loss = float(scored.loss_N.sum())
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss of step {step:,} is {loss}; its update was not applied. "
+                f"Lower 'learning_rate' (now {self.config.learning_rate:g}) or set 'warmup'."
+            )
+        adam = self._adam(step)
+        grad_hidden_ND = model.head.update(scored, adam)
+        watch.lap("update")
+        model.encoder.backward(graph, grad_hidden_ND, adam)
+        for group in self.dense_optimizer.param_groups:
+            group["lr"] = adam.learning_rate
+        self.dense_optimizer.step()
+        self.dense_optimizer.zero_grad()
+        watch.lap("encoder")
+        self.step = step
+        if scored.ids is None:
+            self.seen_C1[:] = True
+        else:
+            self.seen_C1[scored.ids.numpy().ravel()] = True
+        interval = self._interval
+        interval["steps"] += 1
+        interval["rows"] += x.num_rows
+        interval["loss"] += loss
+        interval["active"] += scored.active * x.num_rows
+        self.notify("step", {"step": step, "loss": loss / x.num_rows})
+        watch.lap("other")
+
+    def _adam(self, step: int) -> AdamStep:
+        config = self.config
+        return AdamStep(
+            learning_rate=learning_rate(config, step, self.total_steps),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            epsilon=config.epsilon,
+            step=step,
+            weight_decay=config.weight_decay,
+        )
+
+    def _rehash_if_due(self) -> None:
+        index, head = self.model.index, self.model.head
+        if index is None:
+            return
+
+        def drift() -> float:
+            sample = ClassSampler(self.num_classes, seed=self.config.seed).sample(DRIFT_ROWS, step=0)
+            return index.drift(head.weight, head.bias, sample)
+
+        self.watch.lap("other")
+        if self.step == 0 or self.schedule.due(self.step, drift):
+            index.build(head.weight, head.bias)
+            self.schedule.rehashed(self.step)
+            self._interval["rehashes"] += 1
+        self.watch.lap("rehash")
+
+    def _report(self) -> None:
+        interval, watch = self._interval, self.watch
+        recall = self._probe_recall()
+        watch.lap("other")
+        total = sum(watch.seconds.values())
+        rows = max(1, interval["rows"])
+        report = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "seconds": round(self.seconds, 3),
+            "loss": interval["loss"] / rows,
+            "learning_rate": learning_rate(self.config, self.step, self.total_steps),
+            "samples_per_second": interval["rows"] / max(total, 1e-9),
+            "active_classes": interval["active"] / rows,
+            "rehashes": interval["rehashes"],
+            "index_recall": recall,
+            "classes_seen": float(self.seen_C1[: self.num_classes].mean()),
+            "time_share": {
+                stage: seconds / max(total, 1e-9) for stage, seconds in sorted(watch.seconds.items())
+            },
+        }
+        self._log("report", report)
+        self._interval = dict.fromkeys(interval, 0)
+        self.watch = Stopwatch()
+
+    def _probe_recall(self) -> float | None:
+        """Share of the exact top 10 among the index's first 100, on a few fixed training rows."""
+        index, head = self.model.index, self.model.head
+        if index is None or self._probe_seconds > PROBE_SHARE * self.seconds:
+            return None
+        started = time.perf_counter()
+        rng = counter_rng(self.config.seed, STREAM_PROBE, 0)
+        chosen = np.sort(rng.choice(self.rows, min(PROBE_ROWS, len(self.rows)), replace=False))
+        with torch.no_grad():
+            hidden_ND = self.model.encoder(self.train_split.x.take(chosen))
+            _, exact_NK = head.topk(hidden_ND, PROBE_K)
+            found_NK = index.query(hidden_ND, min(PROBE_FOUND, self.num_classes), step=0)
+        self._probe_seconds += time.perf_counter() - started
+        return recall_at_k(found_NK, exact_NK)
+
+    def _validate(self) -> bool:
+        """Logs P@1 of the validation rows, notes the best; True if training should stop early."""
+        x, y = self.valid
+        metrics = MetricAccumulator(self.class_counts, len(self.rows), ks=(1, 3, 5))
+        first = 0
+        for _, ids in self.model.topk(x, 5):
+            metrics.update(ids.numpy(), y.slice(first, first + len(ids)))
+            first += len(ids)
+        result = metrics.compute()
+        best = self.run.best()
+        improved = best is None or result["P@1"] > best["P@1"]
+        self.bad_validations = 0 if improved else self.bad_validations + 1
+        event = {"step": self.step, "seconds": round(self.seconds, 3), "rows": x.num_rows, "best": improved}
+        self._log("validation", event | {name: result[name] for name in ("P@1", "P@3", "P@5")})
+        if improved:
+            self._save()
+            text = json.dumps({"step": self.step, "P@1": result["P@1"]})
+            write_atomically(self.run.path / "best.json", text)
+        self.watch.lap("validation")
+        return self.config.patience is not None and self.bad_validations >= self.config.patience
+
+    def _log(self, kind: str, facts: dict[str, Any]) -> None:
+        with (self.run.path / "log.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"event": kind, **facts}) + "\n")
+        self.notify(kind, facts)
+
+    def _save(self) -> None:
+        if self.step in {checkpoint.step for checkpoint in list_checkpoints(self.run.checkpoints)}:
+            return
+        head, encoder = self.model.head, self.model.encoder
+        moments = {
+            f"{name}.{part}": getattr(state, part)
+            for name, state in self._row_states().items()
+            for part in ("moment1", "moment2")
+        }
+        for name, parameter in encoder.named_parameters():
+            for part, value in self.dense_optimizer.state.get(parameter, {}).items():
+                moments[f"dense.{name}.{part}"] = value
+        tensors = {
+            "encoder": encoder.state_dict(),
+            "head": head.state_dict(),
+            "optimizer": moments,
+            "progress": {"seen": torch.from_numpy(self.seen_C1)},
+        }
+        if self.model.index is not None:
+            tensors["index"] = self.model.index.state()
+        state = {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "seconds": self.seconds,
+            "bad_validations": self.bad_validations,
+            "schedule": self.schedule.state_dict(),
+        }
+        saved = save_checkpoint(self.run.checkpoints, self.step, tensors, state)
+        best = self.run.best()
+        prune_checkpoints(self.run.checkpoints, self.config.keep_last, best["step"] if best else None)
+        self._log("checkpoint", {"step": self.step, "path": saved.path.name})
+        self.watch.lap("checkpoint")
+
+    def _load(self) -> None:
+        """Continues from the newest checkpoint that verifies; an altered one is passed over with a message."""
+        checkpoints = list_checkpoints(self.run.checkpoints)
+        if not checkpoints:
+            self.notify("message", {"text": "the run has no checkpoint yet: starting at its first step"})
+            return
+        for checkpoint in reversed(checkpoints):
+            try:
+                checkpoint.verify()
+            except CheckpointError as error:
+                self.notify("message", {"text": f"{error} Trying an older checkpoint."})
+                continue
+            break
+        else:
+            raise CheckpointError(f"{self.run.checkpoints}: holds no checkpoint that is as it was written.")
+        state = checkpoint.state()
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.bad_validations = state["bad_validations"]
+        self.schedule.load_state_dict(state["schedule"])
+        self.model.encoder.load_state_dict(checkpoint.tensors("encoder"))
+        self.model.head.load_state_dict(checkpoint.tensors("head"))
+        self.seen_C1 = checkpoint.tensors("progress")["seen"].numpy()
+        if self.model.index is not None:
+            head = self.model.head
+            self.model.index.load_state(checkpoint.tensors("index"), head.weight, head.bias)
+        moments = checkpoint.tensors("optimizer")
+        for name, row_state in self._row_states().items():
+            row_state.moment1.copy_(moments[f"{name}.moment1"])
+            row_state.moment2.copy_(moments[f"{name}.moment2"])
+        for name, parameter in self.model.encoder.named_parameters():
+            prefix = f"dense.{name}."
+            parts = {
+                key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)
+            }
+            if parts:
+                self.dense_optimizer.state[parameter] = parts
+        self.notify("message", {"text": f"resumed from {checkpoint.path.name}"})
+
+    def _row_states(self) -> dict[str, Any]:
+        head, encoder = self.model.head, self.model.encoder
+        return {"weight": head.weight_state, "bias": head.bias_state, "bag": encoder.bag_state}
+
+
+def rehash_schedule(config: TrainConfig) -> RehashSchedule:
+    """The schedule that the `rehash` settings ask for."""
+    first, longest = config.rehash_every, max(config.rehash_every, config.rehash_max_gap)
+    if config.rehash == "fixed":
+        return FixedSchedule(first)
+    if config.rehash == "exponential":
+        return ExponentialSchedule(first, config.rehash_growth, longest)
+    return DriftSchedule(config.rehash_drift, first, DRIFT_ROWS, first, longest)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step, 1-based: warm-up from 0, then constant, or to 0 along a line or a cosine."""
+    warmup_steps = int(config.warmup * total_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.learning_rate * factor[config.lr_schedule]
+
+
+def counter_rng(seed: int, stream: int, counter: int) -> np.random.Generator:
+    """A generator that is a function of its three arguments (Philox, Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream << 48 | counter]))
+
+
+def _check_same_run(run: Run, dataset: Dataset, config: TrainConfig) -> None:
+    """CheckpointError if the run was made from other data or with other settings."""
+    if run.meta["data"]["fingerprint"] != fingerprint(dataset):
+        raise CheckpointError(f"{run.path}: was trained on another data set ({run.meta['data']['path']}).")
+    old, new = run.meta["config"], config.to_mapping()
+    for name in old.keys() | new.keys():
+        if name not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
+            raise CheckpointError(
+                f"{run.path}: cannot be resumed with {name} = {new.get(name)!r}; the run has {old.get(name)!r}."
+            )

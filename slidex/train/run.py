@@ -1,0 +1,182 @@
+"""A run directory: settings, log, checkpoints, and what prediction needs of the data set.
+
+run.json        settings, sizes, the data set's fingerprint, versions
+log.jsonl       one line for each report, validation and checkpoint
+best.json       step and P@1 of the best validation, if there was one
+names/          class_counts.npy; labels.jsonl and vectorizer/, copied from the data set, where it has them
+checkpoints/    step_NNNNNNNN/, see slidex.train.checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import slidex
+from slidex.data import NameList
+from slidex.errors import CheckpointError
+from slidex.nn.classifier import Classifier
+from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
+from slidex.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from slidex.data import Dataset
+    from slidex.data.vectorizers import Vectorizer
+
+FORMAT, VERSION = "slidex-run", 1
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run directory, open for reading. Make one with `Run.create`, read one with `Run.open`."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, dataset: Dataset) -> Run:
+        """Makes the directory.
+
+        Raises:
+            CheckpointError: if `path` exists and is not an empty directory.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path}: exists already. Give --resume to continue it, or another --out.")
+        (path / "checkpoints").mkdir(parents=True)
+        (path / "names").mkdir()
+        labels, vectorizer = dataset.path / "labels.jsonl", dataset.path / "vectorizer"
+        if labels.is_file():
+            shutil.copyfile(labels, path / "names" / labels.name)
+        if vectorizer.is_dir():
+            shutil.copytree(vectorizer, path / "names" / vectorizer.name)
+        np.save(path / "names" / "class_counts.npy", dataset.class_counts())
+        meta = {
+            "format": FORMAT,
+            "version": VERSION,
+            "slidex": slidex.__version__,
+            "torch": torch.__version__,
+            "config": config.to_mapping(),
+            "num_features": dataset.num_features,
+            "num_classes": dataset.num_classes,
+            "data": {"path": str(dataset.path.resolve()), "fingerprint": fingerprint(dataset)},
+            "train_rows": dataset.split("train").num_rows,
+            "files": record_files(path),
+        }
+        write_atomically(path / "run.json", json.dumps(meta, indent=1))
+        return cls(path, meta)
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """Reads ``run.json``.
+
+        Raises:
+            CheckpointError: if `path` is no run directory, of another format version, or a file of it was altered.
+        """
+        file = path / "run.json"
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: is no run directory: it has no run.json.") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}.") from error
+        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise CheckpointError(f"{file}: its 'format' must be {FORMAT!r}.")
+        if meta.get("version") != VERSION:
+            raise CheckpointError(
+                f"{file}: is of version {meta.get('version')}; this slidex ({slidex.__version__}) reads {VERSION}."
+            )
+        verify_files(path, meta["files"])
+        return cls(path, meta)
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings it was trained with."""
+        return TrainConfig.from_mapping(self.meta["config"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints live."""
+        return self.path / "checkpoints"
+
+    def class_counts(self) -> np.ndarray:
+        """Training frequency of every class: int64 (C,)."""
+        return np.load(self.path / "names" / "class_counts.npy", allow_pickle=False)
+
+    def label_names(self) -> Sequence[str] | None:
+        """Name of every class, or None if the data set had none."""
+        file = self.path / "names" / "labels.jsonl"
+        return NameList(file) if file.is_file() else None
+
+    def vectorizer(self) -> Vectorizer | None:
+        """Turns text into features as the data set did, or None if it was not made from text."""
+        from slidex.data.vectorizers import load_vectorizer  # noqa: PLC0415  (imports scikit-learn's text module)
+
+        directory = self.path / "names" / "vectorizer"
+        return load_vectorizer(directory) if directory.is_dir() else None
+
+    def best(self) -> dict[str, Any] | None:
+        """Step and P@1 of the best validation so far, or None."""
+        file = self.path / "best.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def log(self) -> list[dict[str, Any]]:
+        """Reports, validations and checkpoints so far, oldest first; a line cut off by a crash is left out."""
+        file = self.path / "log.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        events = []
+        for line in lines:
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint to use: of the best validation if there was one, else the last.
+
+        Raises:
+            CheckpointError: if there is none, or the chosen one fails its checksums.
+        """
+        found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(self.checkpoints)}
+        if not found:
+            raise CheckpointError(f"{self.checkpoints}: holds no complete checkpoint.")
+        best = self.best()
+        chosen = found[best["step"]] if best and best["step"] in found else found[max(found)]
+        chosen.verify()
+        return chosen
+
+    def model(self) -> Classifier:
+        """The trained model, its index as it was when the checkpoint was taken."""
+        return load_model(self.config, self.meta, self.class_counts(), self.checkpoint())
+
+
+def load_model(
+    config: TrainConfig, meta: dict[str, Any], class_counts: np.ndarray, checkpoint: Checkpoint
+) -> Classifier:
+    """A model with a checkpoint's weights and index, without its optimiser state."""
+    model = Classifier.from_config(config, meta["num_features"], meta["num_classes"], class_counts)
+    for name, module in (("encoder", model.encoder), ("head", model.head)):
+        try:
+            module.load_state_dict(checkpoint.tensors(name))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
+            ) from error
+    if model.index is not None:
+        model.index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
+    return model
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """A checksum over the data set's own checksums."""
+    text = json.dumps(dataset.meta["files"], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
