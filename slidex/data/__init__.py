@@ -3,6 +3,7 @@
 from slidex.data.csr import CsrArrays
 from slidex.data.dataset import Dataset, NameList, Split
 from slidex.data.splitting import SPLIT_NAMES, Progress, split_of_rows
+from slidex.data.svmlight import prepare_svmlight, prepare_xmc
 from slidex.data.writer import DatasetWriter
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "NameList",
     "Progress",
     "Split",
+    "prepare_svmlight",
+    "prepare_xmc",
     "split_of_rows",
 ]

@@ -7,11 +7,16 @@ of a file gives the same answer alone as within the whole.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from slidex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slidex.data.csr import CsrArrays
+    from slidex.data.writer import DatasetWriter
 
 SPLIT_NAMES = ("train", "valid", "test")
 _STREAM = 0x51DE_5B17  # keeps these draws apart from other uses of the same seed
@@ -68,3 +73,55 @@ def check_fractions(valid_fraction: float, test_fraction: float) -> None:
             "The 'valid_fraction' and 'test_fraction' parameters of a split must add up to less than 1. "
             f"Got {valid_fraction!r} and {test_fraction!r} instead."
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRule:
+    """Where the rows of one source go.
+
+    Args:
+        seed: Any integer in ``[0, 2**64)``.
+        valid_fraction: Expected share of rows in valid (of all rows, or of those not in `test_rows`).
+        test_fraction: Expected share of rows in test.
+        test_rows: int64, increasing: exactly these rows are the test split.
+
+    Raises:
+        ConfigError: A fraction or the seed is out of range, or both ways to choose test rows are given.
+    """
+
+    seed: int = 0
+    valid_fraction: float = 0.0
+    test_fraction: float = 0.0
+    test_rows: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        check_fractions(self.valid_fraction, self.test_fraction)
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(
+                f"The 'seed' parameter of a split must be in [0, 2**64). Got {self.seed!r} instead."
+            )
+        if self.test_rows is not None and self.test_fraction:
+            raise ConfigError(
+                "The 'test_fraction' parameter of a split must be 0 where test rows are listed. "
+                f"Got {self.test_fraction!r} instead."
+            )
+
+    def append(self, writer: DatasetWriter, first_row: int, x: CsrArrays, y: CsrArrays) -> None:
+        """Append rows to the splits they belong to, in order.
+
+        Args:
+            writer: Takes them.
+            first_row: Number of the first of these rows within the source, from 0.
+            x: Inputs (n, F).
+            y: Labels (n, C).
+        """
+        codes = split_of_rows(first_row, x.num_rows, self.seed, (self.valid_fraction, self.test_fraction))
+        if self.test_rows is not None:
+            first, stop = np.searchsorted(self.test_rows, [first_row, first_row + x.num_rows])
+            codes[self.test_rows[first:stop] - first_row] = SPLIT_NAMES.index("test")
+        for code, name in enumerate(SPLIT_NAMES):
+            rows = np.flatnonzero(codes == code)
+            if len(rows) == x.num_rows:
+                writer.append(name, x, y)
+            elif len(rows):
+                writer.append(name, x.take(rows), y.take(rows))

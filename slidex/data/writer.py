@@ -2,8 +2,8 @@
 
 Rows go straight to disk into a hidden sibling directory; memory use does not depend on the number of rows.
 Only when every file is flushed, checksummed and synced is that directory renamed to its final name, so a
-crash at any moment leaves the old state. The length in the header of a ``.npy`` file is filled in last: numpy pads
-the header so that a longer first axis always fits.
+crash at any moment leaves the old state. The length in the header of a ``.npy`` file is filled in last: numpy
+pads the header so that a longer first axis always fits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -155,13 +156,9 @@ class DatasetWriter:
         """
         self._check_totals(num_features, num_classes)
         splits = {name: self._splits[name].finish() for name in SPLIT_NAMES if name in self._splits}
-        files = {}
-        for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
-            _sync(file)
-            files[file.relative_to(self.path).as_posix()] = {
-                "bytes": file.stat().st_size,
-                "blake2b": checksum(file),
-            }
+        files = sorted(path for path in self.path.rglob("*") if path.is_file())
+        with ThreadPoolExecutor(thread_name_prefix="slidex-seal") as pool:
+            sealed = list(pool.map(_seal, files))
         meta = {
             "format": FORMAT,
             "version": VERSION,
@@ -171,7 +168,10 @@ class DatasetWriter:
             "splits": splits,
             "vectorizer": vectorizer,
             "extra": dict(extra or {}),
-            "files": files,
+            "files": {
+                file.relative_to(self.path).as_posix(): entry
+                for file, entry in zip(files, sealed, strict=True)
+            },
         }
         (self.path / META_FILE).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         _sync(self.path / META_FILE)
@@ -332,6 +332,12 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
         known = False
     if not known:
         raise refuse("a slidex data set where it is to be overwritten")
+
+
+def _seal(path: Path) -> dict[str, int | str]:
+    """Flush a file to the disk and describe it for ``meta.json``."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 def _sync(path: Path) -> None:
