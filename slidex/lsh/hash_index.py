@@ -1,0 +1,263 @@
+"""The candidate index over hash tables, for any hash family, and its registered form for SimHash.
+
+A family turns rows and queries into codes; the tables below neither know nor care how. A further family needs
+the members of `HashFamily` and a registered factory, nothing else. Legend: N rows in a batch, C classes, D
+hidden width, K hash bits, L tables, V codes looked up per table.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from slidex.errors import ConfigError
+from slidex.lsh.index import (
+    IndexStats,
+    check_class_ids,
+    check_hidden,
+    check_integer,
+    check_weights,
+    register_index,
+)
+from slidex.lsh.simhash import MAX_BITS, SimHash
+from slidex.lsh.tables import BucketTables
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+TARGET_BUCKET_LOAD = 256
+"""Classes per bucket that `automatic_bits` aims at."""
+
+
+class HashFamily(Protocol):
+    """What `HashIndex` asks of a family of hash functions; see `SimHash` for shapes and meaning."""
+
+    bits: int
+    tables: int
+    probes: int
+
+    @property
+    def code_dtype(self) -> np.dtype: ...  # noqa: D102
+    @property
+    def bytes(self) -> int: ...  # noqa: D102
+    def fit(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None: ...  # noqa: D102
+    def parameters(self) -> dict[str, torch.Tensor]: ...  # noqa: D102
+    def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None: ...  # noqa: D102
+    def hash_rows(  # noqa: D102
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
+    ) -> np.ndarray: ...
+    def hash_queries(self, hidden_ND: torch.Tensor) -> np.ndarray: ...  # noqa: D102
+
+
+def automatic_bits(num_classes: int) -> int:
+    """K for a mean bucket load near `TARGET_BUCKET_LOAD`: ``round(log2(C / load))``, 1 to 24."""
+    return min(MAX_BITS, max(1, round(math.log2(max(1.0, num_classes / TARGET_BUCKET_LOAD)))))
+
+
+class HashIndex:
+    """A `CandidateIndex` of bucket tables over a hash family.
+
+    Memory is that of `BucketTables`: with 3.4 M classes and 50 tables, 680 MB of ids and 340 MB of codes.
+
+    Args:
+        in_features: Hidden width D.
+        num_classes: C.
+        family: Its hash functions.
+        seed: Keys tie-breaking and bucket windows.
+        min_votes: Leave out classes found in fewer buckets than this; 1 to ``L * (1 + probes)``.
+        max_bucket: The most classes read from one bucket per query, a window at a random place; None for all.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        family: HashFamily,
+        *,
+        seed: int,
+        min_votes: int = 1,
+        max_bucket: int | None = None,
+    ) -> None:
+        check_integer("min_votes", "make_index", min_votes, 1, family.tables * (1 + family.probes))
+        if max_bucket is not None:
+            check_integer("max_bucket", "make_index", max_bucket, 1)
+        if family.tables * (1 + family.probes) > np.iinfo(np.uint16).max:
+            raise ConfigError(
+                "The 'tables' parameter of make_index must keep tables * (1 + probes) to at most 65535. "
+                f"Got {family.tables} tables and {family.probes} probes instead."
+            )
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.family = family
+        self.tables = BucketTables(num_classes, family.tables, family.bits)
+        self._vote_settings = {
+            "seed": seed,
+            "min_votes": min_votes,
+            "max_bucket": num_classes if max_bucket is None else max_bucket,
+        }
+        self._built = False
+        self._builds = self._updates = self._rows_rehashed = 0
+        self._build_seconds = self._update_seconds = 0.0
+
+    def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:
+        """Fit the family, hash every row, fill the tables; see `CandidateIndex.build`."""
+        started = time.perf_counter()
+        check_weights("HashIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
+        self.family.fit(weight_CD, bias_C)
+        self.tables.build(self.family.hash_rows(weight_CD, bias_C))
+        self._built = True
+        self._builds += 1
+        self._build_seconds = time.perf_counter() - started
+
+    def update(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, changed_ids: torch.Tensor) -> None:
+        """Rehash the given rows with the functions of the last build and move those whose code changed.
+
+        See `CandidateIndex.update`. The cost is that of hashing the rows plus, for each table in which any
+        row moved, one pass over its ids.
+        """
+        self._require_built("update")
+        started = time.perf_counter()
+        check_weights("HashIndex.update", weight_CD, bias_C, self.num_classes, self.in_features)
+        check_class_ids("changed_ids", "HashIndex.update", changed_ids, self.num_classes)
+        ids = torch.unique(changed_ids)
+        self.tables.update(ids.cpu().numpy(), self.family.hash_rows(weight_CD, bias_C, ids))
+        self._updates += 1
+        self._rows_rehashed = len(ids)
+        self._update_seconds = time.perf_counter() - started
+
+    def query(self, hidden_ND: torch.Tensor, k: int, *, step: int = 0) -> torch.Tensor:
+        """The k classes with most votes for each row; see `CandidateIndex.query`.
+
+        Equal votes are ordered at random, keyed by (seed, step, the row's codes).
+        """
+        self._require_built("query")
+        check_hidden("HashIndex.query", hidden_ND, self.in_features)
+        check_integer("k", "HashIndex.query", k, 1)
+        check_integer("step", "HashIndex.query", step, 0)
+        codes_NLV = self.family.hash_queries(hidden_ND)
+        ids_NK = self.tables.query(codes_NLV, k, step=step, **self._vote_settings)
+        return torch.from_numpy(ids_NK).to(hidden_ND.device)
+
+    def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
+        """The `budget` classes with most votes summed over the rows; see `CandidateIndex.pool`."""
+        self._require_built("pool")
+        check_hidden("HashIndex.pool", hidden_ND, self.in_features)
+        check_integer("budget", "HashIndex.pool", budget, 1)
+        check_integer("step", "HashIndex.pool", step, 0)
+        codes_NLV = self.family.hash_queries(hidden_ND)
+        ids = self.tables.pool(codes_NLV, budget, step=step, **self._vote_settings)
+        return torch.from_numpy(ids).to(hidden_ND.device)
+
+    def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, sample_ids: torch.Tensor) -> float:
+        """Share of the sampled rows' codes, over all tables, that differ from those in the tables."""
+        self._require_built("drift")
+        check_weights("HashIndex.drift", weight_CD, bias_C, self.num_classes, self.in_features)
+        check_class_ids("sample_ids", "HashIndex.drift", sample_ids, self.num_classes)
+        if len(sample_ids) == 0:
+            return 0.0
+        codes_LM = self.family.hash_rows(weight_CD, bias_C, sample_ids)
+        return float(np.mean(codes_LM != self.tables.codes[:, sample_ids.cpu().numpy()]))
+
+    def stats(self) -> IndexStats:
+        """See `CandidateIndex.stats`."""
+        loads = np.diff(self.tables.offsets, axis=1)
+        return IndexStats(
+            built=self._built,
+            rows=self.num_classes if self._built else 0,
+            tables=self.family.tables,
+            mean_bucket_load=float(loads.mean()),
+            max_bucket_load=int(loads.max()),
+            empty_bucket_share=float(np.mean(loads == 0)),
+            last_build_seconds=self._build_seconds,
+            last_update_seconds=self._update_seconds,
+            rows_rehashed=self._rows_rehashed,
+            bytes=self.tables.bytes + self.family.bytes,
+            builds=self._builds,
+            updates=self._updates,
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Codes (L, C), uint16 or int32, and the family's fitted parameters; see `CandidateIndex.state`."""
+        self._require_built("state")
+        return {"codes": torch.from_numpy(self.tables.codes), **self.family.parameters()}
+
+    def load_state(
+        self,
+        state: Mapping[str, torch.Tensor],
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None = None,
+    ) -> None:
+        """Fill the tables from codes alone; see `CandidateIndex.load_state`."""
+        check_weights("HashIndex.load_state", weight_CD, bias_C, self.num_classes, self.in_features)
+        expected = {
+            "codes": ((self.family.tables, self.num_classes), str(self.family.code_dtype)),
+            **{
+                name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+                for name, value in self.family.parameters().items()
+            },
+        }
+        found = {
+            name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            for name, value in state.items()
+        }
+        if found != expected:
+            raise ConfigError(
+                f"The 'state' parameter of HashIndex.load_state must hold {expected}. Got {found} instead."
+            )
+        codes_LC = state["codes"].cpu().numpy().copy()
+        if int(codes_LC.min()) < 0 or int(codes_LC.max()) >> self.family.bits:
+            raise ConfigError(
+                f"The 'codes' of the state given to HashIndex.load_state must lie from 0 to "
+                f"{(1 << self.family.bits) - 1}. Got {codes_LC.min()} to {codes_LC.max()} instead."
+            )
+        self.family.load_parameters(state)
+        self.tables.build(codes_LC)
+        self._built = True
+
+    def _require_built(self, method: str) -> None:
+        if not self._built:
+            raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
+
+
+@register_index("simhash")
+def simhash_index(
+    in_features: int,
+    num_classes: int,
+    *,
+    seed: int,
+    bits: int | None = None,
+    tables: int = 50,
+    probes: int = 0,
+    min_votes: int = 1,
+    max_bucket: int | None = None,
+    center: bool = False,
+    norm_augmentation: bool = False,
+) -> HashIndex:
+    """SimHash tables.
+
+    Args:
+        in_features: Hidden width D.
+        num_classes: C.
+        seed: Fixes projections and tie-breaking.
+        bits: K, 1 to 24; None for `automatic_bits`.
+        tables: L, at least 1.
+        probes: See `SimHash`.
+        min_votes: See `HashIndex`.
+        max_bucket: See `HashIndex`.
+        center: See `SimHash`.
+        norm_augmentation: See `SimHash`.
+    """
+    family = SimHash(
+        in_features,
+        bits=automatic_bits(num_classes) if bits is None else bits,
+        tables=tables,
+        seed=seed,
+        probes=probes,
+        center=center,
+        norm_augmentation=norm_augmentation,
+    )
+    return HashIndex(in_features, num_classes, family, seed=seed, min_votes=min_votes, max_bucket=max_bucket)

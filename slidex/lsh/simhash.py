@@ -1,0 +1,273 @@
+"""SimHash (Charikar 2002): a code of K bits per table, each the side of a random hyperplane a vector lies on.
+
+Two vectors at an angle θ agree in one bit with probability 1 - θ/π, so in a whole code with (1 - θ/π)^K.
+
+A classifier wants the largest inner product, not the smallest angle. Rows hashed are [w_c, b_c] and queries
+[h, 1], so the bias takes part; `norm_augmentation` makes angle and inner product agree in order (Neyshabur &
+Srebro 2015).
+
+The projections are small odd integers drawn from a rounded Gaussian, and a vector is scaled to its largest
+entry and rounded to 8 bits and a sign before it is projected. Every product and every partial sum is then an
+integer that float32 holds exactly: a code does not depend on the shape of a matrix product, the number of
+threads, or the machine, so updating one row equals rebuilding all of them, and a fast bfloat16 product (10
+times faster where the processor has one) gives the very same bits. The rounding turns a vector by about 0.004
+radians.
+
+Legend: N rows in a batch, C classes, D hidden width, E hashed width (D + 1 or D + 2), K bits, L tables, V
+    codes
+looked up per table (1 + probes).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import llvmlite.binding
+import numba
+import numpy as np
+import torch
+
+from slidex.errors import ConfigError, DivergedError
+from slidex.lsh.index import check_integer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+MAX_BITS = 24
+_ROW_LEVELS = 255
+_EXACT_LIMIT = 1 << 24
+_INFINITY_BITS = 0x7F800000
+_CHUNK_PROJECTIONS = 1 << 21
+_PROJECTION_STREAM = 0x51A5
+
+
+class SimHash:
+    """L tables of K signed random projections.
+
+    Args:
+        in_features: Hidden width D.
+        bits: K, 1 to 24.
+        tables: L, at least 1.
+        seed: Fixes the projections (Philox).
+        probes: Further codes looked up per table and query, each with one bit flipped, nearest hyperplanes
+            first (multi-probe, Lv et al. 2007); 0 to K.
+        center: Subtract the mean row before hashing. ``h·(w_c - mean)`` differs from ``h·w_c`` by a constant
+            over the classes, so the ranking that a query asks for is unchanged, while rows that share a large
+            common component spread over more buckets.
+        norm_augmentation: Append ``sqrt(M² - |row|²)`` to rows and 0 to queries (simple-LSH), M the largest
+            row norm at the last `fit`, so that the angle ranks as the inner product does. Rows that outgrow M
+            later get 0 until the next fit.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        *,
+        bits: int,
+        tables: int,
+        seed: int,
+        probes: int = 0,
+        center: bool = False,
+        norm_augmentation: bool = False,
+    ) -> None:
+        check_integer("bits", "simhash", bits, 1, MAX_BITS)
+        check_integer("tables", "simhash", tables, 1)
+        check_integer("probes", "simhash", probes, 0, bits)
+        for name, value in (("center", center), ("norm_augmentation", norm_augmentation)):
+            if not isinstance(value, bool):
+                raise ConfigError(
+                    f"The {name!r} parameter of simhash must be true or false. Got {value!r} instead."
+                )
+        self.bits, self.tables, self.probes = bits, tables, probes
+        self._in_features = in_features
+        self._center, self._norm_augmentation = center, norm_augmentation
+        width = in_features + 1 + norm_augmentation
+        self._projection_BE = torch.from_numpy(_draw_projections(tables * bits, width, seed))
+        self._row_dtype = torch.bfloat16 if _has_fast_bfloat16() else torch.float32
+        self._mean_E = torch.zeros(in_features + 1)
+        self._max_norm = torch.zeros(1)
+
+    @property
+    def code_dtype(self) -> np.dtype:
+        """Type of stored codes: uint16 up to 16 bits, which halves their memory, int32 beyond."""
+        return np.dtype(np.uint16 if self.bits <= 16 else np.int32)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the projections."""
+        return self._projection_BE.nbytes
+
+    def fit(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        """Set what the hash functions take from the data: the mean row and the largest norm."""
+        if self._center:
+            mean = weight_CD.detach().mean(dim=0, dtype=torch.float64)
+            bias_mean = 0.0 if bias_C is None else float(bias_C.detach().mean(dtype=torch.float64))
+            self._mean_E = torch.cat([mean, mean.new_tensor([bias_mean])]).float()
+        if self._norm_augmentation:
+            chunks = self._extended_chunks(weight_CD, bias_C, None)
+            largest = max(float(torch.linalg.vector_norm(rows, dim=1).max()) for _, rows in chunks)
+            self._max_norm = torch.tensor([largest])
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What `fit` set."""
+        return {"mean": self._mean_E, "max_norm": self._max_norm}
+
+    def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        """Restore what `fit` set."""
+        self._mean_E, self._max_norm = parameters["mean"].float(), parameters["max_norm"].float()
+
+    def hash_rows(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
+    ) -> np.ndarray:
+        """Codes of class rows.
+
+        Args:
+            weight_CD: floating (C, D).
+            bias_C: floating (C,), or None for zeros.
+            ids: int64 (M,), the rows to hash; None for all.
+
+        Returns:
+            `code_dtype` (L, C), or (L, M).
+
+        Raises:
+            DivergedError: A row holds a value that is not finite.
+        """
+        count = len(weight_CD) if ids is None else len(ids)
+        codes_LC = np.empty((self.tables, count), dtype=self.code_dtype)
+        projection = self._projection_BE.to(self._row_dtype)
+        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids):
+            rows = self._augmented(chunk)
+            bad = _quantise(rows)
+            if bad >= 0:
+                row = first + bad if ids is None else int(ids[first + bad])
+                raise DivergedError(
+                    f"The weight row or bias of class {row} holds a value that is not finite; "
+                    "it cannot be hashed."
+                )
+            signs_BM = torch.mm(projection, rows.to(self._row_dtype).T)
+            # A bfloat16 above zero is an int16 above zero: numba needs no bfloat16 type.
+            view = signs_BM.view(torch.int16) if signs_BM.dtype == torch.bfloat16 else signs_BM
+            _pack_rows(view.numpy(), codes_LC, first, self.bits)
+        return codes_LC
+
+    def hash_queries(self, hidden_ND: torch.Tensor) -> np.ndarray:
+        """Codes to look up: int32 (N, L, V), the query's own code first, then its probes."""
+        rows_ND = hidden_ND.detach().to(device="cpu", dtype=torch.float32)
+        codes_NLV = np.empty((len(rows_ND), self.tables, 1 + self.probes), dtype=np.int32)
+        step = max(1, _CHUNK_PROJECTIONS // len(self._projection_BE))
+        for first in range(0, len(rows_ND), step):
+            rows = rows_ND.new_zeros((min(step, len(rows_ND) - first), self._projection_BE.shape[1]))
+            rows[:, : self._in_features] = rows_ND[first : first + step]
+            rows[:, self._in_features] = 1.0
+            bad = _quantise(rows)
+            if bad >= 0:
+                raise DivergedError(
+                    f"Row {first + bad} of the hidden vectors holds a value that is not finite."
+                )
+            margins = torch.mm(rows, self._projection_BE.T).numpy()
+            _pack_queries(margins, codes_NLV[first : first + step], self.bits)
+        return codes_NLV
+
+    def _augmented(self, rows_ME: torch.Tensor) -> torch.Tensor:
+        """The rows with the entry that gives them all the norm M, where the setting asks for it."""
+        if not self._norm_augmentation:
+            return rows_ME
+        squares = rows_ME.square().sum(dim=1, keepdim=True)
+        return torch.cat([rows_ME, (self._max_norm**2 - squares).clamp_(min=0).sqrt_()], dim=1)
+
+    def _extended_chunks(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Chunks of ``[w_c, b_c]`` less the mean: (first row, a fresh float32 (rows, D + 1))."""
+        count = len(weight_CD) if ids is None else len(ids)
+        step = max(64, _CHUNK_PROJECTIONS // len(self._projection_BE))
+        for first in range(0, count, step):
+            rows = slice(first, first + step) if ids is None else ids[first : first + step]
+            weight = weight_CD.detach()[rows]
+            extended = torch.zeros((len(weight), self._in_features + 1))
+            extended[:, : self._in_features] = weight
+            if bias_C is not None:
+                extended[:, self._in_features] = bias_C.detach()[rows]
+            if self._center:
+                extended -= self._mean_E
+            yield first, extended
+
+
+def _draw_projections(count: int, width: int, seed: int) -> np.ndarray:
+    """float32 (count, width) of odd integers, Gaussian in shape, coarse enough for exact float32 sums."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, _PROJECTION_STREAM]))
+    gaussian = generator.standard_normal((count, width), dtype=np.float32)
+    scale = 32.0
+    while True:
+        # Odd numbers have no zero, which would leave one-hot rows on neither side of a hyperplane.
+        odd = (2 * np.floor(gaussian * (scale / 2)) + 1).clip(-127, 127)
+        if _ROW_LEVELS * float(np.abs(odd).sum(axis=1, dtype=np.float64).max()) < _EXACT_LIMIT:
+            return odd
+        scale /= 2
+
+
+def _has_fast_bfloat16() -> bool:
+    features = llvmlite.binding.get_host_cpu_features()
+    return bool(features.get("avx512bf16") or features.get("amx-bf16"))
+
+
+def _quantise(rows_ME: torch.Tensor) -> int:
+    """Scale each float32 row, in place, to integers in [-255, 255]; the first not finite row, or -1."""
+    rows = rows_ME.numpy()
+    largest = np.empty(len(rows), dtype=np.int32)
+    _scale_rows(rows, rows.view(np.int32), largest)
+    bad = np.flatnonzero(largest >= _INFINITY_BITS)
+    return int(bad[0]) if len(bad) else -1
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _scale_rows(rows, bits, largest):
+    """The largest magnitude is found on the bits of the floats: integer maxima vectorise, and keep NaN on top."""
+    for i in numba.prange(len(rows)):
+        top = np.int32(0)
+        for j in range(rows.shape[1]):
+            top = max(top, bits[i, j] & np.int32(0x7FFFFFFF))
+        largest[i] = top
+        scale = np.float32(0)
+        for j in range(rows.shape[1]):
+            if bits[i, j] & np.int32(0x7FFFFFFF) == top:
+                scale = abs(rows[i, j])
+                break
+        if 0 < top < _INFINITY_BITS:
+            for j in range(rows.shape[1]):
+                # Dividing before multiplying keeps subnormal rows finite.
+                rows[i, j] = np.rint(rows[i, j] / scale * np.float32(_ROW_LEVELS))
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _pack_rows(signs_BM, codes_LC, first, bits):
+    """Bit j of table t's code is 1 where projection ``t * bits + j`` is above zero."""
+    for t in numba.prange(codes_LC.shape[0]):
+        out = codes_LC[t, first : first + signs_BM.shape[1]]
+        out[:] = 0
+        for j in range(bits):
+            signs = signs_BM[t * bits + j]
+            for i in range(len(out)):
+                out[i] |= (signs[i] > 0) << j
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _pack_queries(margins_NB, codes_NLV, bits):
+    """Own code, then those with the bit of the 1st, 2nd, ... smallest margin flipped; ties: lower bit."""
+    tables, versions = codes_NLV.shape[1:]
+    for n in numba.prange(codes_NLV.shape[0]):
+        for t in range(tables):
+            margins = margins_NB[n, t * bits : (t + 1) * bits]
+            code = 0
+            for j in range(bits):
+                code |= (margins[j] > 0) << j
+            codes_NLV[n, t, 0] = code
+            flipped = 0
+            for v in range(1, versions):
+                nearest = -1
+                for j in range(bits):
+                    free = (flipped >> j) & 1 == 0
+                    if free and (nearest < 0 or abs(margins[j]) < abs(margins[nearest])):
+                        nearest = j
+                flipped |= 1 << nearest
+                codes_NLV[n, t, v] = code ^ (1 << nearest)

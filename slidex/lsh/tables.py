@@ -1,0 +1,256 @@
+"""L tables of 2^K buckets in compressed form: an offset per bucket, an id per class, made by counting sort.
+
+Against lists or fixed-size arrays per bucket (SLIDE), this holds every class exactly once per table, needs no
+allocation per bucket, and is in a fixed order (ids ascend within a bucket), so tables made by any route from
+the same codes are equal to the byte and answers do not depend on history. Overfull buckets are bounded when
+they are read, not when they are filled: see `slidex.lsh.voting`.
+
+Legend: N rows in a batch, C classes, K hash bits, B = 2^K buckets per table, L tables, V codes looked up per
+    table.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from slidex.lsh import voting
+
+_MERGE_BUCKETS = 1024
+_MERGE_RATIO = 64
+"""A table is merged rather than sorted anew where it has more than 1,024 buckets (with fewer, the sort's write
+streams stay in the first-level cache and nothing beats it) and at most one class in 64 moves (both measured)."""
+
+
+class BucketTables:
+    """Classes by code.
+
+    Memory: ``4 L (C + 2^K + 1)`` bytes, the codes ``2 L C`` bytes (4 beyond 16 bits), and scratch for queries
+        of
+    1 or 2 bytes per class and thread, made on first use.
+
+    Args:
+        num_classes: C.
+        tables: L.
+        bits: K.
+
+    Attributes:
+        offsets: int32 (L, B + 1): bucket b of table t is ``ids[t, offsets[t, b]:offsets[t, b + 1]]``.
+        ids: int32 (L, C), ascending within a bucket.
+        codes: (L, C), the bucket of every class in every table.
+    """
+
+    def __init__(self, num_classes: int, tables: int, bits: int) -> None:
+        self.offsets = np.zeros((tables, (1 << bits) + 1), dtype=np.int32)
+        self.ids = np.zeros((tables, num_classes), dtype=np.int32)
+        self.codes = np.zeros((tables, 0), dtype=np.uint16)
+        self._votes_TC: np.ndarray = np.zeros((0, 0), dtype=np.uint8)
+        self._pool_votes_C = np.zeros(0, dtype=np.int32)
+        self._touched_C = np.zeros(0, dtype=np.int32)
+
+    @property
+    def bytes(self) -> int:
+        """Memory held, scratch included."""
+        scratch = self._votes_TC.nbytes + self._pool_votes_C.nbytes + self._touched_C.nbytes
+        return self.offsets.nbytes + self.ids.nbytes + self.codes.nbytes + scratch
+
+    def build(self, codes_LC: np.ndarray) -> None:
+        """Fill the tables.
+
+        Args:
+            codes_LC: unsigned or int32 (L, C), values in ``[0, B)``; kept, not copied.
+        """
+        self.codes = codes_LC
+        _sort_tables(codes_LC, self.offsets, self.ids)
+
+    def update(self, changed_ids: np.ndarray, codes_LM: np.ndarray) -> int:
+        """Move the classes whose codes changed; equal to `build` with the new codes.
+
+        Args:
+            changed_ids: int64 (M,), ascending, distinct.
+            codes_LM: (L, M), their new codes.
+
+        Returns:
+            How many (table, class) entries moved.
+        """
+        moved_L = np.zeros(len(self.ids), dtype=np.int64)
+        threads = min(numba.get_num_threads(), len(self.ids))
+        _update_tables(self.codes, self.offsets, self.ids, changed_ids, codes_LM, threads, moved_L)
+        return int(moved_L.sum())
+
+    def query(
+        self, codes_NLV: np.ndarray, k: int, *, seed: int, step: int, min_votes: int, max_bucket: int
+    ) -> np.ndarray:
+        """The k most voted classes of each query: int64 (N, k), -1 where there are no more.
+
+        Args:
+            codes_NLV: int32 (N, L, V), distinct along V.
+            k: At least 1.
+            seed: With `step`, keys ties and the windows of overfull buckets.
+            step: See `seed`.
+            min_votes: At least 1.
+            max_bucket: The most classes read from one bucket.
+        """
+        out_NK = np.empty((len(codes_NLV), k), dtype=np.int64)
+        most_votes = codes_NLV.shape[1] * codes_NLV.shape[2]
+        votes_type = np.dtype(np.uint8 if most_votes <= 255 else np.uint16)
+        shape = (numba.get_num_threads(), self.ids.shape[1])
+        if self._votes_TC.shape != shape or self._votes_TC.dtype != votes_type:
+            self._votes_TC = np.zeros(shape, dtype=votes_type)
+        keys_N = voting.query_keys(codes_NLV, np.uint64(seed), np.uint64(step))
+        capacity = min(shape[1], voting.query_capacity(self.offsets, codes_NLV, max_bucket))
+        voting.query_tables(
+            self.offsets, self.ids, codes_NLV, keys_N, min_votes, max_bucket, self._votes_TC, capacity, out_NK
+        )
+        return out_NK
+
+    def pool(
+        self, codes_NLV: np.ndarray, budget: int, *, seed: int, step: int, min_votes: int, max_bucket: int
+    ) -> np.ndarray:
+        """The `budget` most voted classes over all queries: int64 (at most budget,), ascending.
+
+        `min_votes` applies to the sum over the queries. Arguments as for `query`.
+        """
+        num_classes = self.ids.shape[1]
+        if len(self._pool_votes_C) == 0:
+            self._pool_votes_C = np.zeros(num_classes, dtype=np.int32)
+            self._touched_C = np.empty(num_classes, dtype=np.int32)
+        key = np.uint64(voting.mix_ids(np.array([seed]), np.uint64(step))[0])
+        codes_LM = np.ascontiguousarray(codes_NLV.transpose(1, 0, 2)).reshape(len(self.ids), -1)
+        counts_T = np.zeros(numba.get_num_threads(), dtype=np.int64)
+        voting.pool_votes(
+            self.offsets,
+            self.ids,
+            codes_LM,
+            key,
+            max_bucket,
+            self._pool_votes_C,
+            self._touched_C,
+            counts_T,
+        )
+        ids, votes = voting.take_votes(self._touched_C, counts_T, self._pool_votes_C)
+        return np.sort(_most_voted(ids, votes, budget, min_votes, key))
+
+
+def _most_voted(
+    ids: np.ndarray, votes: np.ndarray, budget: int, min_votes: int, key: np.uint64
+) -> np.ndarray:
+    """At most `budget` of `ids` by votes; among equals at the cut, those of the smallest hash with `key`."""
+    reaching = np.cumsum(np.bincount(votes, minlength=min_votes + 1)[::-1])[::-1]
+    if reaching[min_votes] <= budget:
+        return ids[votes >= min_votes]
+    # reaching[v] classes have v votes or more; `cut` is the lowest level that is wanted, and only in part.
+    cut = int(np.flatnonzero(reaching > budget)[-1])
+    above, level = ids[votes > cut], ids[votes == cut]
+    wanted = budget - len(above)
+    chosen = np.argpartition(voting.mix_ids(level, key), wanted)[:wanted]
+    return np.concatenate([above, level[chosen]])
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort_table(codes_C, offsets, ids, cursor):
+    offsets[:] = 0
+    for c in range(len(codes_C)):
+        offsets[codes_C[c] + 1] += 1
+    for b in range(len(cursor)):
+        cursor[b] = offsets[b]
+        offsets[b + 1] += offsets[b]
+    for c in range(len(codes_C)):
+        at = cursor[codes_C[c]]
+        ids[at] = c
+        cursor[codes_C[c]] = at + 1
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _sort_tables(codes_LC, offsets, ids):
+    for t in numba.prange(len(codes_LC)):
+        _sort_table(codes_LC[t], offsets[t], ids[t], np.empty(offsets.shape[1] - 1, dtype=np.int32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _position(row, first, last, wanted):
+    """First place in the ascending ``row[first:last]`` whose id is `wanted` or larger; no branch to mispredict."""
+    size = last - first
+    while size > 1:
+        half = size >> 1
+        first = first + half if row[np.uint64(first + half - 1)] < wanted else first
+        size -= half
+    return first + (size == 1 and row[np.uint64(first)] < wanted)
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy(row, first, last, out, at):
+    for i in range(last - first):
+        out[np.uint64(at + i)] = row[np.uint64(first + i)]
+    return at + last - first
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_bucket(row, first, last, leaving, entering, out, at):
+    """Copy ``row[first:last]`` to ``out[at:]`` less `leaving` plus `entering`, all ascending; return the end."""
+    i = j = 0
+    while i < len(leaving) or j < len(entering):
+        leave = i < len(leaving) and (j == len(entering) or leaving[i] < entering[j])
+        event = leaving[i] if leave else entering[j]
+        upto = _position(row, first, last, event)
+        at = _copy(row, first, upto, out, at)
+        first = upto
+        if leave:
+            first += 1
+            i += 1
+        else:
+            out[at] = event
+            at += 1
+            j += 1
+    return _copy(row, first, last, out, at)
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_table(row, offsets, old, new, moved, spare):
+    """Move the classes `moved` (ascending) from bucket `old` to bucket `new`; one pass over `row`."""
+    buckets = len(offsets) - 1
+    starts_old, starts_new = np.empty(buckets + 1, np.int32), np.empty(buckets + 1, np.int32)
+    order_old, order_new = np.empty(len(moved), np.int32), np.empty(len(moved), np.int32)
+    cursor = np.empty(buckets, np.int32)
+    _sort_table(old, starts_old, order_old, cursor)
+    _sort_table(new, starts_new, order_new, cursor)
+    leaving, entering = moved[order_old], moved[order_new]
+    at = 0
+    first = offsets[0]
+    for b in range(buckets):
+        last = offsets[b + 1]
+        at = _merge_bucket(
+            row,
+            first,
+            last,
+            leaving[starts_old[b] : starts_old[b + 1]],
+            entering[starts_new[b] : starts_new[b + 1]],
+            spare,
+            at,
+        )
+        first, offsets[b + 1] = last, at
+    row[:] = spare
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _update_tables(codes_LC, offsets, ids, changed, codes_LM, threads, moved_L):
+    """Tables are independent; each chunk of them shares one spare row."""
+    num_tables, num_classes = codes_LC.shape
+    for chunk in numba.prange(threads):
+        spare = np.empty(num_classes, dtype=np.int32)
+        moved = np.empty(len(changed), dtype=np.int64)
+        old, new = np.empty(len(changed), dtype=np.int32), np.empty(len(changed), dtype=np.int32)
+        for t in range(num_tables * chunk // threads, num_tables * (chunk + 1) // threads):
+            count = 0
+            for i in range(len(changed)):
+                if codes_LC[t, changed[i]] != codes_LM[t, i]:
+                    moved[count], old[count], new[count] = changed[i], codes_LC[t, changed[i]], codes_LM[t, i]
+                    codes_LC[t, changed[i]] = codes_LM[t, i]
+                    count += 1
+            moved_L[t] = count
+            if count == 0:
+                continue
+            if offsets.shape[1] <= _MERGE_BUCKETS + 1 or count * _MERGE_RATIO > num_classes:
+                _sort_table(codes_LC[t], offsets[t], ids[t], np.empty(offsets.shape[1] - 1, dtype=np.int32))
+            else:
+                _merge_table(ids[t], offsets[t], old[:count], new[:count], moved[:count], spare)
