@@ -1,0 +1,132 @@
+"""Shared-pool mode: the batch scores one pool of U classes, so the products are dense and belong to BLAS.
+
+What is left for kernels is at the two ends: gather the pool's weight rows into a block, and scatter the
+block's gradient back with Adam applied on the way. Letters: C classes, D hidden width, U pool size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from numba import njit, prange
+
+from slidex.kernels.cpu.arguments import Arguments, num_chunks
+from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
+from slidex.kernels.cpu.update import AHEAD, adam_entry, adam_row, coefficients, prefetch_parameter
+
+if TYPE_CHECKING:
+    from slidex.kernels.adam import AdamStep, RowState
+
+_ROWS_AHEAD = 8
+
+
+def gather_rows(
+    weight_CD: torch.Tensor, bias_C: torch.Tensor, ids_U: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copy the pool's rows and biases into contiguous blocks.
+
+    Reads and writes U rows; deterministic. Reference: `slidex.kernels.reference.gather_rows`.
+
+    Args:
+        weight_CD: float32 or float64.
+        bias_C: dtype of `weight_CD`.
+        ids_U: int64 class ids in [0, C).
+
+    Returns:
+        block (U, D) and bias (U,) of the same dtype.
+
+    Raises:
+        ConfigError: A shape, dtype or id does not fit.
+    """
+    num_classes, width = weight_CD.shape
+    pool_size = ids_U.shape[0]
+    check = Arguments("gather_rows", weight_CD.dtype)
+    block_UD = torch.empty((pool_size, width), dtype=weight_CD.dtype)
+    bias_U = torch.empty(pool_size, dtype=weight_CD.dtype)
+    _gather(
+        check.floats("weight_CD", weight_CD, (num_classes, width)),
+        check.floats("bias_C", bias_C, (num_classes,)),
+        check.ids("ids_U", ids_U, (pool_size,), 0, num_classes),
+        block_UD.numpy(),
+        bias_U.numpy(),
+        num_chunks(),
+    )
+    return block_UD, bias_U
+
+
+def rows_adam(
+    ids_U: torch.Tensor,
+    grad_UD: torch.Tensor,
+    grad_bias_U: torch.Tensor,
+    weight_CD: torch.Tensor,
+    bias_C: torch.Tensor,
+    weight_state: RowState,
+    bias_state: RowState,
+    adam: AdamStep,
+) -> None:
+    """Adam step of the pool's rows and biases, in place.
+
+    Reads U gradient rows, reads and writes U rows of weight and moments; deterministic. Reference:
+    `slidex.kernels.reference.rows_adam`.
+
+    Args:
+        ids_U: int64 class ids in [0, C), each at most once.
+        grad_UD: Gradient of the rows, dtype of `weight_CD`.
+        grad_bias_U: Gradient of the biases, dtype of `weight_CD`.
+        weight_CD: float32 or float64, updated in place; contiguous.
+        bias_C: Updated in place; contiguous.
+        weight_state: Moments of `weight_CD`, updated in place.
+        bias_state: Moments of `bias_C`, updated in place.
+        adam: The step's settings.
+
+    Raises:
+        ConfigError: A shape, dtype or id does not fit.
+    """
+    num_classes, width = weight_CD.shape
+    pool_size = ids_U.shape[0]
+    check = Arguments("rows_adam", weight_CD.dtype)
+    grad = check.floats("grad_UD", grad_UD, (pool_size, width))
+    _rows_adam(
+        check.ids("ids_U", ids_U, (pool_size,), 0, num_classes),
+        grad,
+        check.floats("grad_bias_U", grad_bias_U, (pool_size,)),
+        check.parameter("weight_CD", weight_CD, weight_state, (num_classes, width)),
+        check.parameter("bias_C", bias_C, bias_state, (num_classes,)),
+        coefficients(adam, grad.dtype),
+        num_chunks(),
+    )
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _gather(weight_CD, bias_C, ids_U, block_UD, bias_U, chunks):
+    for chunk in prange(chunks):
+        part = slice(ids_U.size * chunk // chunks, ids_U.size * (chunk + 1) // chunks)
+        _gather_chunk(weight_CD, bias_C, ids_U[part], block_UD[part], bias_U[part])
+
+
+@njit(nogil=True)
+def _gather_chunk(weight_CD, bias_C, ids_U, block_UD, bias_U):
+    for u in range(ids_U.size):
+        if u + _ROWS_AHEAD < ids_U.size:
+            prefetch_row(weight_CD, ids_U[u + _ROWS_AHEAD])
+        bias_U[u] = bias_C[ids_U[u]]
+        for d in range(block_UD.shape[1]):
+            block_UD[u, d] = weight_CD[ids_U[u], d]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _rows_adam(ids_U, grad_UD, grad_bias_U, weights, biases, step, chunks):
+    for chunk in prange(chunks):
+        part = slice(ids_U.size * chunk // chunks, ids_U.size * (chunk + 1) // chunks)
+        _rows_adam_chunk(ids_U[part], grad_UD[part], grad_bias_U[part], weights, biases, step)
+
+
+@njit(nogil=True, fastmath=FASTMATH)
+def _rows_adam_chunk(ids_U, grad_UD, grad_bias_U, weights, biases, step):
+    bias_C, bias_moment1_C, bias_moment2_C = biases
+    for u in range(ids_U.size):
+        if u + AHEAD < ids_U.size:
+            prefetch_parameter(weights, ids_U[u + AHEAD])
+        adam_row(grad_UD[u], weights, ids_U[u], step)
+        adam_entry(grad_bias_U[u], bias_C, bias_moment1_C, bias_moment2_C, ids_U[u], step)

@@ -1,0 +1,178 @@
+"""What the kernels compute, in plain torch: the oracle of the tests and the baseline of the benchmarks.
+
+Written for the eye, not for speed: each function is the formula of its docstring, in any float dtype and on
+any device. The full contract (shapes, dtypes, errors) stands at the function of the same name in
+`slidex.kernels.cpu`. Letters: N batch rows, C classes, F features, D hidden width, A active slots per row (-1
+is a pad), U pool size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from slidex.kernels.adam import AdamStep, RowState
+
+
+def embedding_bag(
+    indptr: Tensor, indices: Tensor, values: Tensor | None, weight_FD: Tensor, bias_D: Tensor | None
+) -> Tensor:
+    """``out[n] = bias + sum_j values[j] * weight[indices[j]]`` over the pairs j of row n."""
+    pairs_MD = weight_FD[indices.long()] if values is None else weight_FD[indices.long()] * values[:, None]
+    out_ND = weight_FD.new_zeros(len(indptr) - 1, weight_FD.shape[1]).index_add_(0, _rows(indptr), pairs_MD)
+    return out_ND if bias_D is None else out_ND + bias_D
+
+
+@torch.no_grad()
+def embedding_bag_adam(
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor | None,
+    grad_ND: Tensor,
+    weight_FD: Tensor,
+    state: RowState,
+    adam: AdamStep,
+) -> None:
+    """Adam in place on the touched rows f, ``grad_weight[f] = sum_j values[j] * grad[row of j]``."""
+    grad_MD = grad_ND[_rows(indptr)] if values is None else grad_ND[_rows(indptr)] * values[:, None]
+    ids, group = indices.long().unique(return_inverse=True)
+    _adam(
+        ids,
+        weight_FD.new_zeros(len(ids), weight_FD.shape[1]).index_add_(0, group, grad_MD),
+        weight_FD,
+        state,
+        adam,
+    )
+
+
+def pair_logits(hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor, active_NA: Tensor) -> Tensor:
+    """``logits[n, a] = hidden[n] . weight[c] + bias[c]`` with ``c = active[n, a]``; -inf at pads."""
+    classes_NA = active_NA.clamp(min=0).long()
+    logits_NA = torch.einsum("nad,nd->na", weight_CD[classes_NA], hidden_ND) + bias_C[classes_NA]
+    return logits_NA.masked_fill(active_NA < 0, -torch.inf)
+
+
+def pair_hidden_grad(grad_NA: Tensor, weight_CD: Tensor, active_NA: Tensor) -> Tensor:
+    """``grad_hidden[n] = sum_a grad[n, a] * weight[active[n, a]]``; pads are left out."""
+    weight_NAD = weight_CD[active_NA.clamp(min=0).long()]
+    return torch.einsum("na,nad->nd", grad_NA.masked_fill(active_NA < 0, 0), weight_NAD)
+
+
+@torch.no_grad()
+def pair_adam(
+    grad_NA: Tensor,
+    hidden_ND: Tensor,
+    active_NA: Tensor,
+    weight_CD: Tensor,
+    bias_C: Tensor,
+    weight_state: RowState,
+    bias_state: RowState,
+    adam: AdamStep,
+) -> None:
+    """Adam in place on the active classes c.
+
+    ``grad_weight[c] = sum of grad[n, a] * hidden[n]``, ``grad_bias[c] = sum of grad[n, a]``, over ``active[n,
+    a] = c``.
+    """
+    rows, slots = (active_NA >= 0).nonzero(as_tuple=True)
+    ids, group = active_NA[rows, slots].long().unique(return_inverse=True)
+    scale = grad_NA[rows, slots]
+    grad_UD = weight_CD.new_zeros(len(ids), weight_CD.shape[1]).index_add_(
+        0, group, scale[:, None] * hidden_ND[rows]
+    )
+    grad_U = bias_C.new_zeros(len(ids)).index_add_(0, group, scale)
+    rows_adam(ids, grad_UD, grad_U, weight_CD, bias_C, weight_state, bias_state, adam)
+
+
+def softmax_loss(logits_NA: Tensor, target_NA: Tensor, offset_NA: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``loss = -sum_a target[a] * log_softmax(logits + offset)[a]`` and its derivative by the logits.
+
+    A row without a target has loss 0 and gradient 0.
+    """
+    log_share_NA = torch.log_softmax(logits_NA if offset_NA is None else logits_NA + offset_NA, dim=1)
+    loss_N = -torch.where(target_NA != 0, target_NA * log_share_NA, 0).sum(1)
+    grad_NA = log_share_NA.exp() * target_NA.sum(1, keepdim=True) - target_NA
+    return loss_N, torch.where((target_NA != 0).any(1, keepdim=True), grad_NA, 0)
+
+
+def logistic_loss(logits_NA: Tensor, target_NA: Tensor, weight_NA: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``loss = sum_a weight[a] * (log(1 + exp(z)) - target[a] * z)``, z = logits[a], and its derivative."""
+    linear_NA = logits_NA.relu() - torch.where(target_NA != 0, target_NA * logits_NA, 0)
+    loss_NA = linear_NA + (-logits_NA.abs()).exp().log1p()
+    grad_NA = logits_NA.sigmoid() - target_NA
+    if weight_NA is None:
+        return loss_NA.sum(1), grad_NA
+    return (weight_NA * loss_NA).sum(1), weight_NA * grad_NA
+
+
+def gather_rows(weight_CD: Tensor, bias_C: Tensor, ids_U: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the rows and biases of the classes `ids_U`."""
+    return weight_CD[ids_U], bias_C[ids_U]
+
+
+@torch.no_grad()
+def rows_adam(
+    ids_U: Tensor,
+    grad_UD: Tensor,
+    grad_bias_U: Tensor,
+    weight_CD: Tensor,
+    bias_C: Tensor,
+    weight_state: RowState,
+    bias_state: RowState,
+    adam: AdamStep,
+) -> None:
+    """Adam in place on the rows and biases of the classes `ids_U`, which are distinct."""
+    _adam(ids_U, grad_UD, weight_CD, weight_state, adam)
+    _adam(ids_U, grad_bias_U, bias_C, bias_state, adam)
+
+
+def shared_softmax_loss(
+    logits_NU: Tensor,
+    target_indptr: Tensor,
+    target_positions: Tensor,
+    target_weights: Tensor,
+    offset_U: Tensor | None,
+) -> Tensor:
+    """`softmax_loss` over a pool, targets in CSR; overwrites `logits_NU` with the gradient."""
+    target_NU = _dense_targets(logits_NU, target_indptr, target_positions, target_weights)
+    offset_NU = None if offset_U is None else offset_U.expand_as(logits_NU)
+    loss_N, grad_NU = softmax_loss(logits_NU, target_NU, offset_NU)
+    logits_NU.copy_(grad_NU)
+    return loss_N
+
+
+def shared_logistic_loss(
+    logits_NU: Tensor,
+    target_indptr: Tensor,
+    target_positions: Tensor,
+    target_weights: Tensor,
+    weight_U: Tensor | None,
+) -> Tensor:
+    """`logistic_loss` over a pool, targets in CSR; overwrites `logits_NU` with the gradient."""
+    target_NU = _dense_targets(logits_NU, target_indptr, target_positions, target_weights)
+    weight_NU = None if weight_U is None else weight_U.expand_as(logits_NU)
+    loss_N, grad_NU = logistic_loss(logits_NU, target_NU, weight_NU)
+    logits_NU.copy_(grad_NU)
+    return loss_N
+
+
+def _rows(indptr: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(indptr) - 1, device=indptr.device), indptr.diff())
+
+
+def _dense_targets(logits_NU: Tensor, indptr: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
+    target_NU = torch.zeros_like(logits_NU)
+    target_NU[_rows(indptr), positions.long()] = weights
+    return target_NU
+
+
+def _adam(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, adam: AdamStep) -> None:
+    moment1, moment2 = state.moment1[ids], state.moment2[ids]
+    moment1 += (grad - moment1) * (1 - adam.beta1)
+    moment2 += (grad * grad - moment2) * (1 - adam.beta2)
+    state.moment1[ids], state.moment2[ids] = moment1, moment2
+    parameter[ids] = parameter[ids] * adam.shrink - adam.step_size * moment1 / (moment2.sqrt() + adam.epsilon)

@@ -1,0 +1,231 @@
+"""Inputs and the one comparison that every kernel test uses, so that its teeth are proved once for all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from slidex.kernels import AdamStep, RowState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ADAM = AdamStep(learning_rate=0.01, step=3, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
+KERNELS = (
+    "embedding_bag",
+    "embedding_bag_adam",
+    "pair_logits",
+    "pair_hidden_grad",
+    "pair_adam",
+    "softmax_loss",
+    "logistic_loss",
+    "gather_rows",
+    "rows_adam",
+    "shared_softmax_loss",
+    "shared_logistic_loss",
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one random problem."""
+
+    rows: int = 9
+    slots: int = 70
+    classes: int = 83
+    width: int = 24
+    scale: float = 3.0
+    optional: bool = True
+
+
+SHAPES = {
+    "plain": Shape(),
+    "without-optionals": Shape(optional=False),
+    "no-rows": Shape(rows=0),
+    "one-row": Shape(rows=1),
+    "one-slot": Shape(slots=1),
+    "one-class": Shape(slots=1, classes=1),
+    "width-1": Shape(width=1),
+    "width-7": Shape(width=7),
+    "width-130": Shape(width=130),
+    "many-ids": Shape(rows=40, slots=500, classes=5000, width=5),
+    "huge-logits": Shape(scale=1e4),
+}
+
+Arguments = list[object]
+
+
+class Problem:
+    """Random float64 arguments for every kernel; `arguments` casts them."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        self.shape, self._rng = shape, np.random.Generator(np.random.Philox(key=[seed, 7]))
+
+    def _floats(self, *shape: int, low: float | None = None) -> torch.Tensor:
+        values = self._rng.standard_normal(shape) if low is None else self._rng.uniform(low, 1, shape)
+        return torch.from_numpy(np.asarray(values))
+
+    def _active(self) -> torch.Tensor:
+        """Distinct classes within a row, the last class always, pads anywhere, one row of pads only."""
+        rows, slots, classes = self.shape.rows, self.shape.slots, self.shape.classes
+        active = np.full((rows, slots), -1)
+        for n in range(rows):
+            taken = self._rng.permutation(classes - 1)[: slots - 1]
+            active[n, : len(taken) + 1] = np.append(taken, classes - 1)
+            self._rng.shuffle(active[n])
+            active[n, self._rng.random(slots) < 0.1] = -1
+        active[3:4] = -1
+        return torch.from_numpy(active)
+
+    def _state(self, like: torch.Tensor) -> RowState:
+        return RowState(self._floats(*like.shape) * 0.1, self._floats(*like.shape, low=0) * 0.01)
+
+    def _csr(self, columns: int, longest: int, distinct: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """CSR rows of 0 to `longest` entries; every third is empty, repeats unless `distinct`."""
+        lengths = [int(self._rng.integers(1, longest + 1)) * (n % 3 != 2) for n in range(self.shape.rows)]
+        ids = [
+            self._rng.choice(columns, size=min(length, columns) if distinct else length, replace=not distinct)
+            for length in lengths
+        ]
+        indptr = np.cumsum([0, *map(len, ids)])
+        return torch.from_numpy(indptr), torch.from_numpy(np.concatenate([[], *ids]).astype(np.int32))
+
+    def arguments(self, kernel: str, dtype: torch.dtype) -> Arguments:
+        """Positional arguments of `kernel`, float tensors in `dtype`."""
+        return [
+            cast(argument, dtype) for argument in getattr(self, f"_{kernel.removeprefix('shared_')}")(kernel)
+        ]
+
+    def _pair_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        shape = self.shape
+        weight, bias = self._floats(shape.classes, shape.width), self._floats(shape.classes)
+        return self._floats(shape.rows, shape.slots), self._floats(shape.rows, shape.width), weight, bias
+
+    def _embedding_bag(self, _: str) -> Arguments:
+        indptr, ids = self._csr(self.shape.classes, 12, distinct=False)
+        values = self._floats(len(ids)) if self.shape.optional else None
+        weight = self._floats(self.shape.classes, self.shape.width)
+        return [indptr, ids, values, weight, self._floats(self.shape.width) if self.shape.optional else None]
+
+    def _embedding_bag_adam(self, _: str) -> Arguments:
+        indptr, ids, values, weight, _ = self._embedding_bag("")
+        grad = self._floats(self.shape.rows, self.shape.width)
+        return [indptr, ids, values, grad, weight, self._state(weight), ADAM]
+
+    def _pair_logits(self, _: str) -> Arguments:
+        _, hidden, weight, bias = self._pair_parts()
+        return [hidden, weight, bias, self._active()]
+
+    def _pair_hidden_grad(self, _: str) -> Arguments:
+        grad, _, weight, _ = self._pair_parts()
+        return [grad, weight, self._active()]
+
+    def _pair_adam(self, _: str) -> Arguments:
+        grad, hidden, weight, bias = self._pair_parts()
+        return [grad, hidden, self._active(), weight, bias, self._state(weight), self._state(bias), ADAM]
+
+    def _dense_loss(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores with pads; 0 to 3 targets a row, never on a pad."""
+        pads = self._active() < 0
+        logits = (self._floats(*pads.shape) * self.shape.scale).masked_fill(pads, -torch.inf)
+        target = self._floats(*pads.shape, low=0.1) * (self._floats(*pads.shape, low=0) > 0.97)
+        target[0:1, :1] = 1.0
+        return logits, target.masked_fill(pads, 0)
+
+    def _softmax_loss(self, kernel: str) -> Arguments:
+        if kernel.startswith("shared"):
+            return self._pool_loss(low=None)
+        logits, target = self._dense_loss()
+        return [logits, target, self._floats(*logits.shape) if self.shape.optional else None]
+
+    def _logistic_loss(self, kernel: str) -> Arguments:
+        if kernel.startswith("shared"):
+            return self._pool_loss(low=0.0)
+        logits, target = self._dense_loss()
+        return [logits, target, self._floats(*logits.shape, low=0) if self.shape.optional else None]
+
+    def _pool_loss(self, low: float | None) -> Arguments:
+        pool = self.shape.slots
+        indptr, positions = self._csr(pool, 3, distinct=True)
+        logits = self._floats(self.shape.rows, pool) * self.shape.scale
+        extra = self._floats(pool, low=low) if self.shape.optional else None
+        return [logits, indptr, positions, self._floats(len(positions), low=0.1), extra]
+
+    def _gather_rows(self, _: str) -> Arguments:
+        _, _, weight, bias = self._pair_parts()
+        return [weight, bias, self._pool()]
+
+    def _rows_adam(self, _: str) -> Arguments:
+        _, _, weight, bias = self._pair_parts()
+        ids = self._pool()
+        grads = self._floats(len(ids), self.shape.width), self._floats(len(ids))
+        return [ids, *grads, weight, bias, self._state(weight), self._state(bias), ADAM]
+
+    def _pool(self) -> torch.Tensor:
+        size = min(self.shape.slots, self.shape.classes)
+        return torch.from_numpy(self._rng.permutation(self.shape.classes)[:size])
+
+
+def cast(argument: object, dtype: torch.dtype) -> object:
+    """A copy of an argument with its floats in `dtype`; ids keep theirs."""
+    if isinstance(argument, RowState):
+        return RowState(*(moment.to(dtype, copy=True) for moment in argument))
+    if isinstance(argument, torch.Tensor):
+        return argument.to(dtype, copy=True) if argument.is_floating_point() else argument.clone()
+    return argument
+
+
+def outcome(kernel: Callable[..., object], arguments: Arguments) -> list[torch.Tensor]:
+    """Everything a call shows: what it returns, and every float argument after it, in float64."""
+    arguments = [
+        cast(a, a.dtype if isinstance(a, torch.Tensor) else float_dtype(arguments)) for a in arguments
+    ]
+    returned = kernel(*arguments)
+    seen: list[torch.Tensor] = []
+    for value in (returned, *arguments):
+        parts = value if isinstance(value, tuple) else (value,)
+        seen += [
+            part.double() for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point()
+        ]
+    return seen
+
+
+def float_dtype(arguments: Arguments) -> torch.dtype:
+    """The float dtype that the tensors of a call share."""
+    return next(a.dtype for a in arguments if isinstance(a, torch.Tensor) and a.is_floating_point())
+
+
+def assert_parity(
+    kernel: Callable[..., object], reference: Callable[..., object], name: str, shape: Shape, seed: int = 0
+) -> None:
+    """`kernel` does what `reference` does.
+
+    In float64 to 1e-10 of the largest entry. In float32 with an error, measured against the float64 reference, of at
+    most twice that of the float32 reference, beside four units in the last place of the largest entry.
+    """
+    double = Problem(shape, seed).arguments(name, torch.float64)
+    exact = outcome(reference, double)
+    for got, want in zip(outcome(kernel, double), exact, strict=True):
+        assert _error(got, want) <= 1e-10 * _size(want)
+    single = Problem(shape, seed).arguments(name, torch.float32)
+    exact = outcome(reference, [cast(argument, torch.float64) for argument in single])
+    torch_single = outcome(reference, single)
+    for got, rival, want in zip(outcome(kernel, single), torch_single, exact, strict=True):
+        assert _error(got, want) <= 2 * _error(rival, want) + 4 * torch.finfo(torch.float32).eps * _size(want)
+
+
+def _size(want: torch.Tensor) -> float:
+    finite = want[want.isfinite()]
+    return float(finite.abs().max()) if len(finite) else 1.0
+
+
+def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference; infinite unless both are non-finite in the same places and the same way."""
+    assert got.shape == want.shape
+    ordinary = want.isfinite()
+    if not torch.equal(got.nan_to_num(7, 8, 9)[~ordinary], want.nan_to_num(7, 8, 9)[~ordinary]):
+        return float("inf")
+    return float((got - want)[ordinary].abs().max()) if ordinary.any() else 0.0
