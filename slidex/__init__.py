@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from slidex.data import Dataset
     from slidex.train.config import TrainConfig
     from slidex.train.evaluate import evaluate
-    from slidex.train.loop import train
+    from slidex.train.loop import fit
     from slidex.train.predict import predict
     from slidex.train.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Dataset", "Run", "TrainConfig", "__version__", "errors", "evaluate", "predict", "train"]
+__all__ = ["Dataset", "Run", "TrainConfig", "__version__", "errors", "evaluate", "fit", "predict"]
 
 _HOME = {
     "Dataset": "slidex.data",
     "Run": "slidex.train.run",
     "TrainConfig": "slidex.train.config",
     "evaluate": "slidex.train.evaluate",
+    "fit": "slidex.train.loop",
     "predict": "slidex.train.predict",
-    "train": "slidex.train.loop",
 }
 
 

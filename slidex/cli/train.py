@@ -101,8 +101,8 @@ def train(
         return
     from slidex.cli.training_display import TrainingDisplay  # noqa: PLC0415
     from slidex.data import Dataset  # noqa: PLC0415
-    from slidex.train.loop import train as run_training  # noqa: PLC0415
+    from slidex.train.loop import fit  # noqa: PLC0415
 
     with TrainingDisplay() as display:
-        run = run_training(Dataset.open(data), out, config, resume=resume, notify=display)
+        run = fit(Dataset.open(data), out, config, resume=resume, notify=display)
     click.echo(f"trained: {run.path}", err=True)

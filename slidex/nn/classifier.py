@@ -108,8 +108,8 @@ class Classifier:
             raise DataError(
                 f"the data have {x.num_columns:,} features; the model was trained on {self.encoder.bag.shape[0]:,}."
             )
-        if indexed and self.index is None:
-            raise ConfigError("This model was trained without an index; predict with exact scoring.")
+        if indexed and (self.index is None or not self.index.stats().built):
+            raise ConfigError("Indexed prediction needs a model whose index is built.")
         for start in range(0, x.num_rows, PREDICT_ROWS):
             rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
             with torch.no_grad():

@@ -51,7 +51,7 @@ def evaluate(
                 f"has {found:,} {name}; the run {run.path} was trained on {trained:,}.", path=dataset.path
             )
     rows = dataset.split(split)
-    model = run.model()
+    model = run.model(indexed=indexed)
     metrics = MetricAccumulator(run.class_counts(), run.meta["train_rows"], ks=tuple(ks))
     started = time.perf_counter()
     done = 0

@@ -64,7 +64,7 @@ RESUME_MAY_CHANGE = {
 }
 
 
-def train(
+def fit(
     dataset: Dataset, out: Path, config: TrainConfig, *, resume: bool = False, notify: Notify | None = None
 ) -> Run:
     """Trains a model and leaves it in a run directory.
@@ -136,7 +136,7 @@ class Stopwatch:
 
 
 class Trainer:
-    """One run in progress. Use `train`; this class is its parts by name."""
+    """One run in progress. Use `fit`; this class is its parts by name."""
 
     run: Run
 
@@ -168,7 +168,7 @@ class Trainer:
         self._probe_seconds = 0.0
 
     def fit(self, run: Run, *, resume: bool) -> Run:
-        """Trains to the end, writing into `run`; see `train`."""
+        """Trains to the end, writing into `run`; see `fit`."""
         self.run = run
         if resume:
             self._load()
@@ -418,7 +418,7 @@ class Trainer:
         self.watch.lap("checkpoint")
 
     def _load(self) -> None:
-        """Continues from the newest checkpoint that verifies; an altered one is passed over with a message."""
+        """Continues from the newest checkpoint that verifies; an altered one is moved aside with a message."""
         checkpoints = list_checkpoints(self.run.checkpoints)
         if not checkpoints:
             self.notify("message", {"text": "the run has no checkpoint yet: starting at its first step"})
@@ -427,7 +427,9 @@ class Trainer:
             try:
                 checkpoint.verify()
             except CheckpointError as error:
-                self.notify("message", {"text": f"{error} Trying an older checkpoint."})
+                aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
+                checkpoint.path.rename(aside)
+                self.notify("message", {"text": f"{error} Moved to {aside.name}; trying an older checkpoint."})
                 continue
             break
         else:
@@ -438,7 +440,7 @@ class Trainer:
         self.schedule.load_state_dict(state["schedule"])
         self.model.encoder.load_state_dict(checkpoint.tensors("encoder"))
         self.model.head.load_state_dict(checkpoint.tensors("head"))
-        self.seen_C1 = checkpoint.tensors("progress")["seen"].numpy()
+        self.seen_C1 = checkpoint.tensors("progress")["seen"].numpy().copy()
         if self.model.index is not None:
             head = self.model.head
             self.model.index.load_state(checkpoint.tensors("index"), head.weight, head.bias)

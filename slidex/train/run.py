@@ -20,7 +20,7 @@ import torch
 
 import slidex
 from slidex.data import NameList
-from slidex.errors import CheckpointError
+from slidex.errors import CheckpointError, ConfigError
 from slidex.nn.classifier import Classifier
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
@@ -154,26 +154,33 @@ class Run:
         chosen.verify()
         return chosen
 
-    def model(self) -> Classifier:
-        """The trained model, its index as it was when the checkpoint was taken."""
-        return load_model(self.config, self.meta, self.class_counts(), self.checkpoint())
+    def model(self, *, indexed: bool = False) -> Classifier:
+        """The trained model with the weights of `checkpoint`.
 
+        Args:
+            indexed: Also build the index over these weights. The one in the checkpoint is older than they are: it
+                is there so that a resumed run takes the very steps an unbroken one would.
 
-def load_model(
-    config: TrainConfig, meta: dict[str, Any], class_counts: np.ndarray, checkpoint: Checkpoint
-) -> Classifier:
-    """A model with a checkpoint's weights and index, without its optimiser state."""
-    model = Classifier.from_config(config, meta["num_features"], meta["num_classes"], class_counts)
-    for name, module in (("encoder", model.encoder), ("head", model.head)):
-        try:
-            module.load_state_dict(checkpoint.tensors(name))
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
-            ) from error
-    if model.index is not None:
-        model.index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
-    return model
+        Raises:
+            CheckpointError: as `checkpoint`, or if the weights do not fit ``run.json``.
+            ConfigError: if `indexed` is asked of a model that was trained without an index.
+        """
+        checkpoint = self.checkpoint()
+        model = Classifier.from_config(
+            self.config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
+        )
+        for name, module in (("encoder", model.encoder), ("head", model.head)):
+            try:
+                module.load_state_dict(checkpoint.tensors(name))
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
+                ) from error
+        if indexed:
+            if model.index is None:
+                raise ConfigError(f"{self.path}: was trained without an index; use exact scoring.")
+            model.index.build(model.head.weight, model.head.bias)
+        return model
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -1,0 +1,73 @@
+"""Settings: every field is checked, unknown names are refused, presets and files merge in order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from slidex.errors import ConfigError
+from slidex.train.config import PRESETS, TrainConfig, read_toml
+
+FIELDS = dataclasses.fields(TrainConfig)
+
+
+def bad_values(item):
+    limits = item.metadata
+    if "choices" in limits:
+        yield "no such choice"
+    if "low" in limits:
+        yield type(limits["low"])(limits["low"] - 1)
+    if "high" in limits:
+        yield type(limits["high"])(limits["high"] + 1)
+    if "below" in limits:
+        yield limits["below"]
+    yield [object()]
+
+
+@pytest.mark.parametrize("item", FIELDS, ids=lambda item: item.name)
+def test_every_setting_refuses_bad_values_by_name(item):
+    for value in bad_values(item):
+        given = (value,) if item.name == "dense_widths" else value
+        with pytest.raises(ConfigError, match=item.name):
+            TrainConfig(**{item.name: given})
+
+
+@pytest.mark.parametrize("item", FIELDS, ids=lambda item: item.name)
+def test_every_setting_has_a_help_text(item):
+    assert item.metadata["help"].endswith((".", ")"))
+
+
+def test_unknown_names_get_the_nearest_known_one():
+    with pytest.raises(ConfigError, match="Did you mean 'learning_rate'"):
+        TrainConfig.from_mapping({"learning_rat": 1e-3})
+    with pytest.raises(ConfigError, match="Did you mean 'fast'"):
+        TrainConfig.from_mapping({}, preset="fest")
+
+
+def test_booleans_are_no_numbers():
+    with pytest.raises(ConfigError, match="'epochs' setting must be a whole number"):
+        TrainConfig(epochs=True)
+
+
+def test_settings_override_the_preset_and_round_trip():
+    config = TrainConfig.from_mapping({"index_bits": 7, "dense_widths": [64, 32]}, preset="slide")
+    assert (config.index_bits, config.active_size) == (7, PRESETS["slide"]["active_size"])
+    assert config.dense_widths == (64, 32)
+    assert TrainConfig.from_mapping(config.to_mapping()) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name):
+    TrainConfig.from_mapping({}, preset=name)
+
+
+def test_toml_errors_name_the_file(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot be read"):
+        read_toml(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("epochs = ")
+    with pytest.raises(ConfigError, match=r"broken\.toml: is not valid TOML"):
+        read_toml(broken)
+    broken.write_text("epochs = 3\n")
+    assert read_toml(broken) == {"epochs": 3}
