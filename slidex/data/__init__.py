@@ -2,6 +2,7 @@
 
 from slidex.data.csr import CsrArrays
 from slidex.data.dataset import Dataset, NameList, Split
+from slidex.data.matrices import prepare_npz
 from slidex.data.splitting import SPLIT_NAMES, Progress, split_of_rows
 from slidex.data.svmlight import prepare_svmlight, prepare_xmc
 from slidex.data.writer import DatasetWriter
@@ -14,6 +15,7 @@ __all__ = [
     "NameList",
     "Progress",
     "Split",
+    "prepare_npz",
     "prepare_svmlight",
     "prepare_xmc",
     "split_of_rows",

@@ -21,6 +21,8 @@ from slidex.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from slidex.data.writer import DatasetWriter
+
 BLOCK_BYTES = 2 << 20
 MAX_LINE_BYTES = 1 << 28
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -127,6 +129,15 @@ def read_names(path: str | Path) -> Iterator[str]:
                 raise DataError(
                     f"expected UTF-8: {error.reason}", path=path, line=number, column=error.start + 1
                 ) from error
+
+
+def write_names(
+    writer: DatasetWriter, label_names: str | Path | None, feature_names: str | Path | None
+) -> None:
+    """Copy files of names, one a line, into a data set; None where there is none."""
+    for kind, path in (("labels", label_names), ("features", feature_names)):
+        if path is not None:
+            writer.write_names(kind, read_names(path))
 
 
 def read_row_numbers(path: str | Path) -> np.ndarray:

@@ -22,7 +22,7 @@ import numpy as np
 
 from slidex.data._parse import has_feature_zero
 from slidex.data.blocks import MAX_COLUMNS, BadRow, Block, Dialect, parse_blocks
-from slidex.data.sources import SourceFile, file_size, read_names, read_row_numbers
+from slidex.data.sources import SourceFile, file_size, read_row_numbers, write_names
 from slidex.data.splitting import Progress, SplitRule
 from slidex.data.writer import DatasetWriter
 from slidex.errors import ConfigError, DataError
@@ -92,7 +92,7 @@ def prepare_xmc(
         if test is not None:
             test_header = reader.read_xmc(test, None, merge_duplicates)
             _check_same_columns(test_header, header, test)
-        _write_names(writer, label_names, feature_names)
+        write_names(writer, label_names, feature_names)
         return writer.finish(
             num_features=header.num_features,
             num_classes=header.num_classes,
@@ -177,7 +177,7 @@ def prepare_svmlight(
         _check_listed_rows(rule, split_file, reader.read_svmlight(source, rule, dialect))
         if test is not None:
             reader.read_svmlight(test, None, dialect)
-        _write_names(writer, label_names, feature_names)
+        write_names(writer, label_names, feature_names)
         largest_feature, largest_class = writer.largest_ids
         return writer.finish(
             num_features=num_features or largest_feature + 1,
@@ -330,14 +330,6 @@ def num_threads(threads: int | None) -> int:
             f"The 'threads' parameter of a data set must be at least 1. Got {threads!r} instead."
         )
     return threads or os.cpu_count() or 1
-
-
-def _write_names(
-    writer: DatasetWriter, label_names: str | Path | None, feature_names: str | Path | None
-) -> None:
-    for kind, path in (("labels", label_names), ("features", feature_names)):
-        if path is not None:
-            writer.write_names(kind, read_names(path))
 
 
 def _describe(kind: str, files: list[str | Path | None], options: dict[str, Any]) -> dict[str, Any]:
