@@ -107,6 +107,7 @@ class HashIndex:
         """Fit the family, hash every row, fill the tables; see `CandidateIndex.build`."""
         started = time.perf_counter()
         check_weights("HashIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
+        self._built = False  # a build that fails leaves nothing to be queried
         self.family.fit(weight_CD, bias_C)
         self.tables.build(self.family.hash_rows(weight_CD, bias_C))
         self._built = True

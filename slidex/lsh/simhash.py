@@ -98,15 +98,19 @@ class SimHash:
         return self._projection_BE.nbytes
 
     def fit(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
-        """Set what the hash functions take from the data: the mean row and the largest norm."""
+        """Set what the hash functions take from the data: the mean row and the largest norm.
+
+        Raises:
+            DivergedError: A row's norm is not finite.
+        """
+        self._mean_E = torch.zeros(self._in_features + 1)
         if self._center:
+            self._largest_norm(weight_CD, bias_C)  # names the row that would spoil the mean
             mean = weight_CD.detach().mean(dim=0, dtype=torch.float64)
             bias_mean = 0.0 if bias_C is None else float(bias_C.detach().mean(dtype=torch.float64))
             self._mean_E = torch.cat([mean, mean.new_tensor([bias_mean])]).float()
         if self._norm_augmentation:
-            chunks = self._extended_chunks(weight_CD, bias_C, None)
-            largest = max(float(torch.linalg.vector_norm(rows, dim=1).max()) for _, rows in chunks)
-            self._max_norm = torch.tensor([largest])
+            self._max_norm = torch.tensor([self._largest_norm(weight_CD, bias_C)])
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """What `fit` set."""
@@ -167,6 +171,19 @@ class SimHash:
             margins = torch.mm(rows, self._projection_BE.T).numpy()
             _pack_queries(margins, codes_NLV[first : first + step], self.bits)
         return codes_NLV
+
+    def _largest_norm(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> float:
+        largest = 0.0
+        for first, rows in self._extended_chunks(weight_CD, bias_C, None):
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            if not bool(torch.isfinite(norms).all()):
+                row = first + int((~torch.isfinite(norms)).nonzero()[0])
+                raise DivergedError(
+                    f"The weight row and bias of class {row} have a norm that is not finite; "
+                    "the hash functions cannot be fitted."
+                )
+            largest = max(largest, float(norms.max()))
+        return largest
 
     def _augmented(self, rows_ME: torch.Tensor) -> torch.Tensor:
         """The rows with the entry that gives them all the norm M, where the setting asks for it."""

@@ -1,0 +1,293 @@
+"""What every registered index must do; a new index joins by being registered (and, for settings, listed here)."""
+
+from __future__ import annotations
+
+import json
+
+import numba
+import pytest
+import torch
+
+from slidex.errors import ConfigError, DivergedError
+from slidex.lsh import index_names, index_settings, make_index, recall_at_k
+
+WIDTH = 12
+VARIANTS = [(name, {}) for name in index_names()] + [
+    ("simhash", {"bits": 5, "tables": 9, "probes": 2, "min_votes": 2, "max_bucket": 7}),
+    ("simhash", {"bits": 17, "tables": 200, "norm_augmentation": True}),
+    ("simhash", {"bits": 4, "tables": 20, "center": True}),
+]
+HASHED = [variant for variant in VARIANTS if variant[0] != "exact"]
+FITTED = ("norm_augmentation", "center")
+
+
+def problem(num_classes: int, num_rows: int = 9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight_CD = torch.randn(num_classes, WIDTH, generator=generator)
+    bias_C = 0.3 * torch.randn(num_classes, generator=generator)
+    return weight_CD, bias_C, torch.randn(num_rows, WIDTH, generator=generator)
+
+
+def empty(variant, num_classes, seed=3):
+    name, settings = variant
+    return make_index(name, WIDTH, num_classes, seed=seed, **settings)
+
+
+def built(variant, weight_CD, bias_C, seed=3):
+    index = empty(variant, len(weight_CD), seed)
+    index.build(weight_CD, bias_C)
+    return index
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}-{json.dumps(v[1])}")
+class TestContract:
+    @pytest.mark.parametrize("k", [1, 10, 700])
+    @pytest.mark.parametrize("num_classes", [1, 500])
+    def test_query_gives_distinct_ids_in_range_then_padding(self, variant, num_classes, k) -> None:
+        weight_CD, bias_C, _ = problem(num_classes)
+        hidden_ND = weight_CD[:9]
+        ids_NK = built(variant, weight_CD, bias_C).query(hidden_ND, k)
+        assert ids_NK.shape == (len(hidden_ND), k)
+        assert ids_NK.dtype == torch.int64
+        for row in ids_NK.tolist():
+            found = [c for c in row if c >= 0]
+            assert row == found + [-1] * (k - len(found))
+            assert len(set(found)) == len(found)
+            assert all(c < num_classes for c in found)
+        assert num_classes == 1 or int(ids_NK.max()) >= 0
+
+    @pytest.mark.parametrize("budget", [1, 60, 700])
+    @pytest.mark.parametrize("num_classes", [1, 500])
+    def test_pool_gives_distinct_ascending_ids_within_budget(self, variant, num_classes, budget) -> None:
+        weight_CD, bias_C, _ = problem(num_classes)
+        ids = built(variant, weight_CD, bias_C).pool(weight_CD[:9], budget)
+        assert ids.dtype == torch.int64
+        assert len(ids) <= min(budget, num_classes)
+        assert bool((ids.diff() > 0).all())
+        assert num_classes == 1 or len(ids) > 0
+        assert all(0 <= c < num_classes for c in ids.tolist())
+
+    def test_empty_batch(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(50)
+        index = built(variant, weight_CD, bias_C)
+        assert index.query(hidden_ND[:0], 4).shape == (0, 4)
+        assert index.pool(hidden_ND[:0], 4).shape == (0,)
+
+    def test_no_bias_is_zero_bias(self, variant) -> None:
+        weight_CD, _, hidden_ND = problem(300)
+        without, zero = built(variant, weight_CD, None), built(variant, weight_CD, torch.zeros(300))
+        assert torch.equal(without.query(hidden_ND, 20), zero.query(hidden_ND, 20))
+
+    def test_bias_takes_part(self, variant) -> None:
+        weight_CD, bias_C, _ = problem(300)
+        plain, biased = built(variant, weight_CD, None), built(variant, weight_CD, 5 * bias_C)
+        assert not torch.equal(plain.query(weight_CD, 20), biased.query(weight_CD, 20))
+
+    def test_update_equals_rebuild_with_the_same_functions(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(6_000)
+        index = built(variant, weight_CD, bias_C)
+        changed = torch.tensor([7, 5_999, 0, 7, 123, 2_500, 3_333])
+        weight_CD[changed] = torch.randn(len(changed), WIDTH, generator=torch.Generator().manual_seed(8))
+        bias_C[5] += 9.0
+        index.update(weight_CD, bias_C, torch.cat([changed, torch.tensor([5])]))
+        rebuilt = empty(variant, 6_000)
+        if any(variant[1].get(name) for name in FITTED):
+            rebuilt.load_state(index.state(), weight_CD, bias_C)  # brings the fitted mean and norm
+            rebuilt.update(weight_CD, bias_C, torch.arange(6_000))
+        else:
+            rebuilt.build(weight_CD, bias_C)
+        for ours, theirs in zip(index.state().values(), rebuilt.state().values(), strict=True):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(index.query(hidden_ND, 50, step=2), rebuilt.query(hidden_ND, 50, step=2))
+        assert torch.equal(index.pool(hidden_ND, 50, step=2), rebuilt.pool(hidden_ND, 50, step=2))
+        assert index.drift(weight_CD, bias_C, torch.arange(6_000)) == 0.0
+
+    def test_update_of_nothing_changes_nothing(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(80)
+        index = built(variant, weight_CD, bias_C)
+        before = index.query(hidden_ND, 9)
+        index.update(weight_CD, bias_C, torch.empty(0, dtype=torch.int64))
+        assert torch.equal(index.query(hidden_ND, 9), before)
+
+    def test_same_seed_same_answer_for_any_number_of_threads_and_any_batch(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(900, num_rows=31)
+        reference = built(variant, weight_CD, bias_C)
+        expected_NK, expected = reference.query(hidden_ND, 30, step=4), reference.pool(hidden_ND, 77, step=4)
+        threads = numba.get_num_threads()
+        try:
+            numba.set_num_threads(1)
+            again = built(variant, weight_CD, bias_C)
+            assert torch.equal(again.query(hidden_ND, 30, step=4), expected_NK)
+            assert torch.equal(again.pool(hidden_ND, 77, step=4), expected)
+        finally:
+            numba.set_num_threads(threads)
+        rows = [again.query(row[None], 30, step=4) for row in hidden_ND]
+        assert torch.equal(torch.cat(rows), expected_NK)
+
+    def test_repeated_calls_leave_no_trace(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(900)
+        index = built(variant, weight_CD, bias_C)
+        first = (index.query(hidden_ND, 30), index.pool(hidden_ND, 40), index.query(hidden_ND, 3))
+        second = (index.query(hidden_ND, 30), index.pool(hidden_ND, 40), index.query(hidden_ND, 3))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    def test_state_restores_the_index_while_weights_move_on(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(400)
+        index = built(variant, weight_CD, bias_C)
+        weight_CD += torch.randn(weight_CD.shape, generator=torch.Generator().manual_seed(1))
+        saved = {name: value.clone() for name, value in index.state().items()}
+        other = empty(variant, 400)
+        other.load_state(saved, weight_CD, bias_C)
+        assert torch.equal(other.query(hidden_ND, 25, step=1), index.query(hidden_ND, 25, step=1))
+        assert torch.equal(other.pool(hidden_ND, 25, step=1), index.pool(hidden_ND, 25, step=1))
+        sample = torch.arange(0, 400, 3)
+        assert other.drift(weight_CD, bias_C, sample) == index.drift(weight_CD, bias_C, sample)
+
+    def test_stats_count_builds_and_updates(self, variant) -> None:
+        weight_CD, bias_C, _ = problem(40)
+        index = empty(variant, 40)
+        assert not index.stats().built
+        index.build(weight_CD, bias_C)
+        index.update(weight_CD, bias_C, torch.tensor([3]))
+        stats = index.stats()
+        assert (stats.built, stats.rows, stats.builds, stats.updates) == (True, 40, 1, 1)
+        assert stats.last_build_seconds > 0
+        assert stats.last_update_seconds > 0
+
+    def test_finds_a_row_by_itself(self, variant) -> None:
+        weight_CD, _, _ = problem(200)
+        weight_CD = torch.nn.functional.normalize(weight_CD, dim=1)
+        found = built(variant, weight_CD, None).query(10 * weight_CD, 20)
+        assert float((found == torch.arange(200)[:, None]).any(dim=1).float().mean()) > 0.5
+
+    def test_use_before_build_is_refused(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(30)
+        index, some = empty(variant, 30), torch.tensor([1])
+        for call in (
+            lambda: index.query(hidden_ND, 3),
+            lambda: index.pool(hidden_ND, 3),
+            lambda: index.update(weight_CD, bias_C, some),
+            lambda: index.drift(weight_CD, bias_C, some),
+            index.state,
+        ):
+            with pytest.raises(ConfigError, match="before build"):
+                call()
+
+    def test_wrong_arguments_are_named(self, variant) -> None:
+        weight_CD, bias_C, hidden_ND = problem(30)
+        index = built(variant, weight_CD, bias_C)
+        for call, name in (
+            (lambda: index.build(weight_CD[:29], bias_C), "weight_CD"),
+            (lambda: index.build(weight_CD.long(), bias_C), "weight_CD"),
+            (lambda: index.build(weight_CD, bias_C[:3]), "bias_C"),
+            (lambda: index.query(hidden_ND[:, :3], 3), "hidden_ND"),
+            (lambda: index.query(hidden_ND, 0), "'k'"),
+            (lambda: index.pool(hidden_ND, 0), "budget"),
+            (lambda: index.update(weight_CD, bias_C, torch.tensor([30])), "changed_ids"),
+            (lambda: index.update(weight_CD, bias_C, torch.tensor([-1])), "changed_ids"),
+            (lambda: index.drift(weight_CD, bias_C, torch.tensor([0.5])), "sample_ids"),
+            (lambda: index.load_state({"what": hidden_ND}, weight_CD, bias_C), "state"),
+        ):
+            with pytest.raises(ConfigError, match=name):
+                call()
+
+
+@pytest.mark.parametrize("variant", HASHED, ids=lambda v: json.dumps(v[1]))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_not_finite_are_refused_by_row(variant, value) -> None:
+    weight_CD, bias_C, hidden_ND = problem(300)
+    index = built(variant, weight_CD, bias_C)
+    hidden_ND[4, 2] = value
+    with pytest.raises(DivergedError, match="Row 4 "):
+        index.query(hidden_ND, 3)
+    bias_C[33] = value
+    with pytest.raises(DivergedError, match="class 33 "):
+        index.update(weight_CD, bias_C, torch.tensor([3, 33]))
+    with pytest.raises(DivergedError, match="class 33 "):
+        index.build(weight_CD, bias_C)
+    with pytest.raises(ConfigError, match="before build"):
+        index.query(weight_CD, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"bits": 25}, ["'bits'", "1 to 24", "25"]),
+        ({"bits": 0}, ["'bits'", "1 to 24", "0"]),
+        ({"bits": True}, ["'bits'", "True"]),
+        ({"tables": 0}, ["'tables'", "at least 1", "0"]),
+        ({"tables": 70_000}, ["'tables'", "65535", "70000"]),
+        ({"bits": 4, "probes": 5}, ["'probes'", "0 to 4", "5"]),
+        ({"min_votes": 51}, ["'min_votes'", "1 to 50", "51"]),
+        ({"max_bucket": 0}, ["'max_bucket'", "at least 1", "0"]),
+        ({"center": 1}, ["'center'", "true or false", "1"]),
+        ({"table": 3}, ["'table'", "Did you mean 'tables'?"]),
+    ],
+)
+def test_bad_settings_name_the_setting_its_limits_and_the_value(settings, parts) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_index("simhash", WIDTH, 1000, seed=0, **settings)
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'simhash'"):
+        make_index("simhsh", WIDTH, 10, seed=0)
+
+
+@pytest.mark.parametrize("arguments", [(0, 5, 0), (5, 0, 0), (5, 5, -1), (5.0, 5, 0), (65_001, 5, 0)])
+def test_bad_sizes_are_refused(arguments) -> None:
+    in_features, num_classes, seed = arguments
+    with pytest.raises(ConfigError, match="must be an integer"):
+        make_index("exact", in_features, num_classes, seed=seed)
+
+
+def test_settings_are_listed_with_defaults() -> None:
+    assert index_settings("simhash")["tables"] == 50
+    assert index_settings("exact") == {}
+
+
+def test_every_simhash_setting_changes_the_answer() -> None:
+    weight_CD, bias_C, hidden_ND = problem(3_000, num_rows=20)
+    weight_CD += 1.0
+    base = {"bits": 4, "tables": 12}
+    answer = built(("simhash", base), weight_CD, bias_C).query(hidden_ND, 2_000)
+    for change in (
+        {"bits": 5},
+        {"tables": 13},
+        {"probes": 1},
+        {"min_votes": 3},
+        {"max_bucket": 20},
+        {"center": True},
+        {"norm_augmentation": True},
+    ):
+        other = built(("simhash", base | change), weight_CD, bias_C).query(hidden_ND, 2_000)
+        assert not torch.equal(answer, other), change
+    assert not torch.equal(answer, built(("simhash", base), weight_CD, bias_C, 4).query(hidden_ND, 2_000))
+
+
+def test_state_of_other_codes_is_refused() -> None:
+    weight_CD, bias_C, _ = problem(30)
+    index = built(("simhash", {"bits": 3}), weight_CD, bias_C)
+    state = {name: value.clone() for name, value in index.state().items()}
+    state["codes"].view(torch.int16)[1, 2] = 8
+    with pytest.raises(ConfigError, match="from 0 to 7"):
+        index.load_state(state, weight_CD, bias_C)
+
+
+def test_exact_is_the_brute_force_answer_across_chunks(monkeypatch) -> None:
+    monkeypatch.setattr("slidex.lsh.exact._CHUNK_SCORES", 700)
+    weight_CD, bias_C, hidden_ND = problem(500)
+    scores = hidden_ND @ weight_CD.T + bias_C
+    index = built(("exact", {}), weight_CD, bias_C)
+    assert torch.equal(index.query(hidden_ND, 30), scores.topk(30).indices)
+    assert torch.equal(index.pool(hidden_ND, 30), scores.amax(dim=0).topk(30).indices.sort().values)
+
+
+def test_recall_counts_shared_ids() -> None:
+    ours = torch.tensor([[3, 1, -1], [5, 9, 2]])
+    exact = torch.tensor([[1, 2], [5, -1]])
+    assert recall_at_k(ours, exact) == pytest.approx(2 / 3)
+    assert recall_at_k(exact, exact) == 1.0
+    with pytest.raises(ConfigError, match="as many rows"):
+        recall_at_k(ours[:1], exact)

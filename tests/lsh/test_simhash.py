@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from slidex.lsh import make_index
+from slidex.lsh.hash_index import automatic_bits
+from slidex.lsh.simhash import SimHash, _draw_projections
+
+PAIRS = 100_000
+
+
+def unit_pairs(count: int, width: int, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(int(angle * 10))
+    first = torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+    other = torch.randn(count, width, generator=generator)
+    other = torch.nn.functional.normalize(other - (other * first).sum(1, keepdim=True) * first, dim=1)
+    return first, math.cos(angle) * first + math.sin(angle) * other
+
+
+def assert_rate(hits: int, trials: int, expected: float) -> None:
+    assert abs(hits / trials - expected) < 5 * math.sqrt(expected * (1 - expected) / trials)
+
+
+def levels_of(rows: np.ndarray) -> np.ndarray:
+    largest = np.abs(rows).max(axis=1, keepdims=True)
+    return np.rint(rows / largest * np.float32(255)).astype(np.int64)
+
+
+@pytest.mark.parametrize("angle", [0.1, 0.6, math.pi / 2, 2.5])
+def test_collision_rate_of_a_bit_is_theory(angle: float) -> None:
+    # Isotropic pairs meet a fixed hyperplane as independent trials.
+    first, second = unit_pairs(PAIRS, 24, angle)
+    family = SimHash(24, bits=1, tables=1, seed=1)
+    hits = int((family.hash_rows(first, None) == family.hash_rows(second, None)).sum())
+    assert_rate(hits, PAIRS, 1 - angle / math.pi)
+
+
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize("angle", [0.1, 0.6, 1.2])
+def test_collision_rate_of_a_code_is_theory(angle: float, bits: int) -> None:
+    # One pair against many tables: the hyperplanes are the independent trials.
+    first, second = unit_pairs(1, 24, angle)
+    family = SimHash(24, bits=bits, tables=PAIRS // bits, seed=2)
+    hits = int((family.hash_rows(first, None) == family.hash_rows(second, None)).sum())
+    assert_rate(hits, PAIRS // bits, (1 - angle / math.pi) ** bits)
+
+
+def test_queries_and_rows_collide_as_h1_and_wb_do() -> None:
+    tables = 40_000
+    weight, bias = torch.tensor([[0.5, -1.0, 2.0, 0.25]]), torch.tensor([1.5])
+    hidden = torch.tensor([[1.0, 0.5, 0.75, -2.0]])
+    family = SimHash(4, bits=1, tables=tables, seed=5)
+    same = family.hash_rows(weight, bias)[:, 0] == family.hash_queries(hidden)[0, :, 0]
+    row, query = torch.cat([weight[0], bias]), torch.cat([hidden[0], torch.ones(1)])
+    cosine = float(row @ query / row.norm() / query.norm())
+    assert_rate(int(same.sum()), tables, 1 - math.acos(cosine) / math.pi)
+
+
+def test_norm_augmentation_makes_collisions_follow_the_inner_product() -> None:
+    tables = 40_000
+    weight = torch.tensor([[0.5, -1.0, 2.0], [0.1, -0.2, 0.4], [3.0, 0.0, 0.1]])
+    bias, hidden = torch.tensor([0.5, 0.1, -1.0]), torch.tensor([[1.0, -0.5, 0.75]])
+    family = SimHash(3, bits=1, tables=tables, seed=5, norm_augmentation=True)
+    family.fit(weight, bias)
+    query_codes = family.hash_queries(hidden)[0, :, 0]
+    rows, query = torch.cat([weight, bias[:, None]], dim=1), torch.cat([hidden[0], torch.ones(1)])
+    for codes, row in zip(family.hash_rows(weight, bias).T, rows, strict=True):
+        cosine = float(row @ query / query.norm() / rows.norm(dim=1).max())
+        assert_rate(int((codes == query_codes).sum()), tables, 1 - math.acos(cosine) / math.pi)
+
+
+def test_rows_that_outgrow_the_fitted_norm_get_no_augmentation() -> None:
+    weight = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    family = SimHash(3, bits=8, tables=4, seed=5, norm_augmentation=True)
+    family.fit(weight, None)
+    plain = SimHash(4, bits=8, tables=4, seed=5)
+    expected = plain.hash_rows(torch.cat([weight, torch.zeros(5, 1)], dim=1), None)
+    assert np.array_equal(family.hash_rows(100 * weight, None), expected)
+
+
+def test_centering_hashes_rows_less_their_mean() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = 3 + torch.randn(64, 6, generator=generator), torch.randn(64, generator=generator)
+    family = SimHash(6, bits=7, tables=5, seed=2, center=True)
+    family.fit(weight, bias)
+    plain = SimHash(6, bits=7, tables=5, seed=2)
+    expected = plain.hash_rows(weight - weight.mean(dim=0), bias - bias.mean())
+    # The two means may round differently, which a value on a rounding boundary can show.
+    assert np.mean(family.hash_rows(weight, bias) != expected) < 0.01
+    assert np.mean(plain.hash_rows(weight, bias) != expected) > 0.3
+
+
+@pytest.mark.parametrize("bits", [1, 9, 16, 17, 24])
+def test_codes_are_the_signs_of_exact_integer_projections(bits: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    weight, bias = torch.randn(200, 33, generator=generator), torch.randn(200, generator=generator)
+    family = SimHash(33, bits=bits, tables=6, seed=9)
+    projections = _draw_projections(6 * bits, 34, 9).astype(np.int64)
+    ones = torch.ones(200, 1)
+    for extra, codes_NL in (
+        (bias[:, None], family.hash_rows(weight, bias).T),
+        (ones, family.hash_queries(weight)[:, :, 0]),
+    ):
+        levels = levels_of(torch.cat([weight, extra], dim=1).numpy())
+        signs = (levels @ projections.T > 0).reshape(200, 6, bits)
+        assert np.array_equal(codes_NL, (signs << np.arange(bits)).sum(axis=2))
+
+
+def test_product_type_chunks_and_subsets_give_the_same_codes(monkeypatch) -> None:
+    weight = torch.randn(1000, 40, generator=torch.Generator().manual_seed(4))
+    family = SimHash(40, bits=9, tables=20, seed=1)
+    ids = torch.tensor([999, 0, 512, 3])
+    family._row_dtype = torch.float32
+    rows, queries = family.hash_rows(weight, None), family.hash_queries(weight)
+    assert np.array_equal(rows[:, ids.numpy()], family.hash_rows(weight, None, ids))
+    monkeypatch.setattr("slidex.lsh.simhash._CHUNK_PROJECTIONS", 180 * 70)
+    assert np.array_equal(rows, family.hash_rows(weight, None))
+    assert np.array_equal(queries, family.hash_queries(weight))
+    family._row_dtype = torch.bfloat16
+    assert np.array_equal(rows, family.hash_rows(weight, None))
+    assert np.array_equal(rows[:, ids.numpy()], family.hash_rows(weight, None, ids))
+
+
+def test_zero_tiny_and_huge_rows_hash_by_direction() -> None:
+    weight = torch.randn(1, 8, generator=torch.Generator().manual_seed(4))
+    rows = torch.cat([weight, weight * 2.0**100, weight * 2.0**-100, torch.zeros(1, 8), weight * 1e-42])
+    codes = SimHash(8, bits=12, tables=6, seed=0).hash_rows(rows, None)
+    assert np.array_equal(codes[:, 0], codes[:, 1])
+    assert np.array_equal(codes[:, 0], codes[:, 2])
+    assert not codes[:, 3].any()
+
+
+def test_half_precision_weights_hash_as_their_float32_values() -> None:
+    weight = torch.randn(30, 8, generator=torch.Generator().manual_seed(4)).bfloat16()
+    family = SimHash(8, bits=12, tables=6, seed=0)
+    assert np.array_equal(family.hash_rows(weight, None), family.hash_rows(weight.float(), None))
+
+
+def test_hashing_changes_neither_weights_nor_hidden() -> None:
+    weight = torch.randn(30, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    before = weight.detach().clone()
+    family = SimHash(8, bits=12, tables=6, seed=0, center=True, norm_augmentation=True)
+    family.fit(weight, None)
+    family.hash_rows(weight, None)
+    family.hash_queries(weight)
+    assert torch.equal(weight, before)
+
+
+def test_probes_flip_the_bits_nearest_to_their_hyperplanes() -> None:
+    hidden = torch.randn(50, 10, generator=torch.Generator().manual_seed(2))
+    codes_NLV = SimHash(10, bits=6, tables=4, seed=3, probes=3).hash_queries(hidden)
+    levels = levels_of(torch.cat([hidden, torch.ones(50, 1)], dim=1).numpy())
+    margins = np.abs(levels @ _draw_projections(24, 11, 3).T.astype(np.int64)).reshape(50, 4, 6)
+    nearest = np.argsort(margins, axis=2, kind="stable")[:, :, :3]
+    assert np.array_equal(codes_NLV[:, :, 1:], codes_NLV[:, :, :1] ^ (1 << nearest))
+
+
+@pytest.mark.parametrize("width", [3, 600, 5_000, 65_001])
+def test_projections_keep_float32_sums_exact(width: int) -> None:
+    projections = _draw_projections(8, width, 0)
+    assert (np.abs(projections) % 2 == 1).all()
+    assert 255 * np.abs(projections).sum(axis=1, dtype=np.float64).max() < 2**24
+
+
+def test_drift_is_the_share_of_changed_codes() -> None:
+    weight = torch.randn(200, 10, generator=torch.Generator().manual_seed(6))
+    index = make_index("simhash", 10, 200, seed=1, bits=6, tables=8)
+    index.build(weight)
+    moved = weight.clone()
+    moved[:50] = -moved[:50]
+    assert index.drift(moved, None, torch.arange(50)) == 1.0
+    assert index.drift(moved, None, torch.arange(25, 75)) == 0.5
+    assert index.drift(moved, None, torch.arange(0)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "bits"), [(1, 1), (4_000, 4), (142_584, 9), (500_000, 11), (2**31, 23)]
+)
+def test_automatic_bits_aim_at_the_target_load(num_classes: int, bits: int) -> None:
+    assert automatic_bits(num_classes) == bits
