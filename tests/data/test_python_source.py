@@ -219,6 +219,14 @@ def test_preparing_twice_gives_the_same_files(folder, tmp_path):
     assert a != c
 
 
+def test_files_are_read_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "code" / "pkg").mkdir(parents=True)
+    for name in ("z", "pkg/b", "a"):
+        (tmp_path / "code" / f"{name}.py").write_text(f"{name[-1]}\n")
+    data = prepare_python_source([tmp_path / "code"], tmp_path / "d", min_count=1, test_fraction=0.0)
+    assert [data.label_names()[c] for c in data.split("train").y.indices] == ["a", "b", "z"]
+
+
 def test_where_the_folder_stands_does_not_matter(folder, tmp_path):
     a = prepare_python_source([folder], tmp_path / "a").meta["files"]
     moved = folder.rename(tmp_path / "elsewhere")

@@ -82,7 +82,7 @@ def test_block_size_changes_nothing(tmp_path, monkeypatch, block):
 
 def test_rare_labels_are_no_classes(tmp_path):
     records = [{"text": "aa bb", "labels": ["often", f"once{i}"]} for i in range(4)]
-    records[0]["labels"].append("twice")
+    records[0]["labels"] += ["twice", "once0", "once0"]
     records[1]["labels"].append("twice")
     data = prepare_jsonl(
         [jsonl(tmp_path / "x.jsonl", records)], tmp_path / "d", min_label_count=2, test_fraction=0.0
@@ -90,6 +90,14 @@ def test_rare_labels_are_no_classes(tmp_path):
     assert list(data.label_names()) == ["often", "twice"]
     assert data.meta["extra"]["labels_outside_classes"]["train"] == 4
     assert data.splits == ("train",)
+
+
+def test_rows_of_many_labels_are_in_order(tmp_path):
+    records = [
+        {"text": "aa bb", "labels": [f"c{(i * 37) % 300}" for i in range(j, j + 30)]} for j in range(99)
+    ]
+    data = prepare_jsonl([jsonl(tmp_path / "x.jsonl", records)], tmp_path / "d", test_fraction=0.0)
+    assert labels_of(data, "train") == [sorted(record["labels"]) for record in records]
 
 
 def test_hashing_needs_no_words(tmp_path):
@@ -117,7 +125,7 @@ def test_compressed_files(tmp_path, ending, opener):
 def test_csv_equals_jsonl(tmp_path):
     table = tmp_path / "x.csv"
     table.write_bytes(
-        b'\xef\xbb\xbfid|text|labels|title\r\n1|"two\nlines ""quoted"""|a; b|x\r\n2|lines|b|two\r\n'
+        b'\xef\xbb\xbftext|id|labels|title\r\n"two\nlines ""quoted"""|1|a; b|x\r\nlines|2|b|two\r\n'
     )
     source = jsonl(
         tmp_path / "x.jsonl",
