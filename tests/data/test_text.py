@@ -94,7 +94,7 @@ def test_rare_labels_are_no_classes(tmp_path):
 
 def test_rows_of_many_labels_are_in_order(tmp_path):
     records = [
-        {"text": "aa bb", "labels": [f"c{(i * 37) % 300}" for i in range(j, j + 30)]} for j in range(99)
+        {"text": "aa bb", "labels": [f"c{(i * 37) % 300}" for i in range(j, j + 30)]} for j in range(270)
     ]
     data = prepare_jsonl([jsonl(tmp_path / "x.jsonl", records)], tmp_path / "d", test_fraction=0.0)
     assert labels_of(data, "train") == [sorted(record["labels"]) for record in records]
