@@ -23,7 +23,7 @@ _EXPONENT_SMALL, _EXPONENT_LARGE = ord("e"), ord("E")
 _READ, _LEFT_TO_PYTHON, _NO_NUMBER = range(3)
 _POWERS = np.array([float(f"1e{k}") for k in range(301)])
 _EXACT_POWER, _EXACT_MANTISSA = 22, 1 << 53
-_MANTISSA_ROOM = 10**17  # below this, one more digit still fits an int64
+_MANTISSA_ROOM = 10**17  # one more digit fits an int64 below this; later ones are cut off, above 2^53
 _SLACK = 2.0**-50  # over twice the relative error of the inexact path
 _ID_CEILING = 1 << 40  # digits beyond are read but not added up
 
@@ -60,7 +60,7 @@ def _read_value(data, at):
     if negative or data[at] == _PLUS:
         at += 1
     mantissa, power, digits = 0, 0, 0
-    exact, after_point = True, False
+    after_point = False
     while True:
         digit = np.int64(data[at]) - _ZERO
         if 0 <= digit <= 9:
@@ -69,7 +69,6 @@ def _read_value(data, at):
                 mantissa = mantissa * 10 + digit
                 power -= after_point
             else:
-                exact = exact and digit == 0
                 power += not after_point
         elif data[at] == _POINT and not after_point:
             after_point = True
@@ -87,18 +86,18 @@ def _read_value(data, at):
         if exponent < 0:
             return np.float32(0), _NO_NUMBER, at
         power += -exponent if down else exponent
-    value, settled = _scale(mantissa, power, exact)
+    value, settled = _scale(mantissa, power)
     return -value if negative else value, _READ if settled else _LEFT_TO_PYTHON, at
 
 
 @numba.njit(cache=True, nogil=True)
-def _scale(mantissa, power, exact):
+def _scale(mantissa, power):
     """``float32(mantissa * 10**power)`` and whether that is surely what Python would give."""
     if abs(power) >= len(_POWERS):
         return np.float32(0), False
     value = np.float64(mantissa)
     value = value / _POWERS[-power] if power < 0 else value * _POWERS[power]
-    if exact and mantissa <= _EXACT_MANTISSA and abs(power) <= _EXACT_POWER:
+    if mantissa <= _EXACT_MANTISSA and abs(power) <= _EXACT_POWER:
         return np.float32(value), True
     low = np.float32(value * (1.0 - _SLACK))
     return low, low == np.float32(value * (1.0 + _SLACK))

@@ -76,19 +76,17 @@ def test_numbers_equal_pythons(tokens):
     np.testing.assert_array_equal(got.view(np.int32), want.view(np.int32))
 
 
-@pytest.mark.parametrize("excess", [0, 1, -1])
-def test_values_at_the_midpoint_of_two_floats_round_as_pythons_do(excess):
-    odd = 16_777_217 * 10**9 + excess  # halfway between two float32 numbers, give or take a billionth
-    for digits in (
-        f"{odd}e-9",
-        f"{odd}00000000e-17",
-        f"{odd}e-29",
-        f"0.0000{odd}",
-        f"{odd}e9",
-        f"{odd}e-200",
-    ):
-        want = np.float32(float(digits))
-        assert parse_block(b"0:%s\n" % digits.encode(), Dialect()).x.values[0] == want
+@pytest.mark.parametrize("digits", [15, 16, 18, 25])
+def test_values_next_to_the_midpoint_of_two_floats_round_as_pythons_do(digits):
+    rng = np.random.default_rng(digits)
+    below = np.ldexp(rng.integers(2**23, 2**24, 3000) + 0.5, rng.integers(-120, 100, 3000))
+    near = np.concatenate([below, np.nextafter(below, 0), np.nextafter(below, np.inf)])
+    tokens = [f"{value:.{digits}e}" for value in near] + [
+        f"{value:.{digits}f}" for value in near if value < 1e9
+    ]
+    text = " ".join(f"{i}:{token}" for i, token in enumerate(tokens)) + "\n"
+    want = np.array([float(token) for token in tokens]).astype(np.float32)
+    np.testing.assert_array_equal(parse_block(text.encode(), Dialect()).x.values, want)
 
 
 def test_xmc_rows_headers_blanks_and_names(tmp_path):
