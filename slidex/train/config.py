@@ -161,6 +161,7 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
+    "demo": {"mode": "shared", "epochs": 1},
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,
