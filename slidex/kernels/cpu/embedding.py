@@ -115,5 +115,6 @@ def _bag(ids, values, weight_FD, bias_D, out_D):
     for j in range(ids.size):
         if j + _PAIRS_AHEAD < ids.size:
             prefetch_row(weight_FD, ids[j + _PAIRS_AHEAD])
+        row, value = ids[j], values[j]  # read here: the compiler must fear that out_D overwrites them
         for d in range(out_D.size):
-            out_D[d] += values[j] * weight_FD[ids[j], d]
+            out_D[d] += value * weight_FD[row, d]

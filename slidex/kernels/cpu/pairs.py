@@ -164,5 +164,6 @@ def _hidden_grad_row(grad_A, weight_CD, active_A, out_D):
         c = active_A[a]
         if c < 0:
             continue
+        scale = grad_A[a]  # read here: the compiler must fear that out_D overwrites it
         for d in range(out_D.size):
-            out_D[d] += grad_A[a] * weight_CD[c, d]
+            out_D[d] += scale * weight_CD[c, d]

@@ -110,9 +110,10 @@ def _gather_chunk(weight_CD, bias_C, ids_U, block_UD, bias_U):
     for u in range(ids_U.size):
         if u + _ROWS_AHEAD < ids_U.size:
             prefetch_row(weight_CD, ids_U[u + _ROWS_AHEAD])
-        bias_U[u] = bias_C[ids_U[u]]
+        c = ids_U[u]
+        bias_U[u] = bias_C[c]
         for d in range(block_UD.shape[1]):
-            block_UD[u, d] = weight_CD[ids_U[u], d]
+            block_UD[u, d] = weight_CD[c, d]
 
 
 @njit(cache=True, nogil=True, parallel=True)
