@@ -62,6 +62,11 @@ def test_values_that_are_all_one_are_not_stored(tmp_path):
     assert write(tmp_path / "d", x=x).split("train").x.values is None
     x.values[1] = 2.0
     assert write(tmp_path / "e", x=x).split("train").x.values.tolist() == [1.0, 2.0, 1.0]
+    with DatasetWriter(tmp_path / "f") as writer:  # the part that is all ones comes last
+        for part in (slice(0, 2), slice(2, 3)):
+            writer.append("train", x.slice(part.start, part.stop), Y.slice(part.start, part.stop))
+        data = writer.finish(num_features=3, num_classes=4, source=SOURCE)
+    assert data.split("train").x.values.tolist() == [1.0, 2.0, 1.0]
 
 
 @given(

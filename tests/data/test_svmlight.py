@@ -181,6 +181,14 @@ def test_svmlight_bases_and_widths(tmp_path):
         prepare("one", "h", num_classes=0)
 
 
+def test_skipped_lines_count_where_a_defect_is_placed(tmp_path, monkeypatch):
+    blocks = SourceFile.blocks
+    monkeypatch.setattr(SourceFile, "blocks", lambda self: blocks(self, 8))
+    (tmp_path / "a").write_bytes(b"# one\n\n1 1:1\n# two\n\n1 2:x\n")
+    with pytest.raises(DataError, match="a:6:3: expected feature:value"):
+        prepare_svmlight(tmp_path / "a", tmp_path / "d")
+
+
 def test_unsorted_rows_are_sorted_and_duplicates_merged_if_asked(tmp_path):
     (tmp_path / "a").write_bytes(b"1 5 4\n3,1,3,0 4:1 0:2 4:3.5 2:1 0:1\n")
     data = prepare_xmc(tmp_path / "a", tmp_path / "d", merge_duplicates=True)
