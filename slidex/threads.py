@@ -21,7 +21,7 @@ def set_threads(count: int | None) -> int:
     Raises:
         ConfigError: if Numba was started with fewer threads, e.g. by NUMBA_NUM_THREADS.
     """
-    most = numba.config.NUMBA_NUM_THREADS
+    most: int = numba.config.NUMBA_NUM_THREADS  # pyrefly: ignore[missing-attribute]  (set at run time)
     chosen = min(usable_cores(), most) if count is None else count
     if chosen > most:
         raise ConfigError(

@@ -119,7 +119,9 @@ def predict(
     set_threads(threads)
     opened = Run.open(run)
     blocks = input_blocks(opened, input_, split, tuple(text_field.split(",")))
-    records = run_prediction(opened.model(indexed=not exact), blocks, k, names=opened.label_names(), indexed=not exact)
+    records = run_prediction(
+        opened.model(indexed=not exact), blocks, k, names=opened.label_names(), indexed=not exact
+    )
     if output is None:
         for record in records:
             click.echo(json.dumps(record, ensure_ascii=False))

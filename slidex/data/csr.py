@@ -97,7 +97,7 @@ class CsrArrays:
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy_rows(indptr, source, rows, out_indptr, out):  # noqa: ANN001, ANN202
+def _copy_rows(indptr, source, rows, out_indptr, out):
     for i in range(len(rows)):
         first = indptr[rows[i]]
         at = out_indptr[i]

@@ -186,6 +186,38 @@ def prepare_svmlight(
         )
 
 
+def read_xmc_rows(path: str | Path, num_features: int, *, threads: int | None = None) -> Iterator[CsrArrays]:
+    """The inputs of a file in the Extreme Classification Repository's format, some rows at a time, for prediction.
+
+    Args:
+        path: Plain, ``.gz``, ``.bz2`` or ``.xz``. Its labels are read over: they may be of any number, or none.
+        num_features: What the header must say.
+        threads: Parsing threads; None takes one for each CPU.
+
+    Raises:
+        DataError: The file breaks the format, or has another number of features.
+    """
+    with SourceFile(path) as source:
+        blocks = source.blocks()
+        line, _, rest = next(blocks, b"").partition(b"\n")
+        header = _read_header(line, path)
+        if header.num_features != num_features:
+            raise DataError(
+                f"expected {num_features} features as the model has, found {header.num_features}",
+                path=path,
+                line=1,
+            )
+        unread = header.num_rows
+        dialect = Dialect(header.num_features, header.num_classes)
+        for block in _parsed(source, chain([rest] if rest else [], blocks), dialect, num_threads(threads), 1):
+            yield block.x.slice(0, min(unread, block.x.num_rows))
+            unread -= min(unread, block.x.num_rows)
+    if unread:
+        raise DataError(
+            f"expected {header.num_rows} rows as the header says, {unread} are missing", path=path, line=1
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Header:
     num_rows: int
@@ -233,25 +265,34 @@ class _Reader:
         declared: int | None,
     ) -> int:
         rows, line = 0, 0 if declared is None else 1  # the header is a line, too
-        with closing(parse_blocks(blocks, dialect, self._threads)) as parsed:
-            try:
-                for block in parsed:
-                    x, y = block.x, block.y
-                    if declared is not None and rows + x.num_rows > declared:
-                        x, y = _without_trailing_blanks(block, declared - rows, source.path, line)
-                    if rule is None:
-                        self._writer.append("test", x, y)
-                    else:
-                        rule.append(self._writer, rows, x, y)
-                    rows += x.num_rows
-                    line += block.num_lines
-                    self._tally.report(source, x.num_rows)
-            except BadRow as error:
-                raise DataError(
-                    error.message, path=source.path, line=line + error.line, column=error.column
-                ) from None
+        for block in _parsed(source, blocks, dialect, self._threads, line):
+            x, y = block.x, block.y
+            if declared is not None and rows + x.num_rows > declared:
+                x, y = _without_trailing_blanks(block, declared - rows, source.path, line)
+            if rule is None:
+                self._writer.append("test", x, y)
+            else:
+                rule.append(self._writer, rows, x, y)
+            rows += x.num_rows
+            line += block.num_lines
+            self._tally.report(source, x.num_rows)
         self._tally.finish(source)
         return rows
+
+
+def _parsed(
+    source: SourceFile, blocks: Iterator[bytes], dialect: Dialect, threads: int, line: int
+) -> Iterator[Block]:
+    """Parsed blocks in order; what breaks the format becomes a DataError. `line` lines stand before the blocks."""
+    with closing(parse_blocks(blocks, dialect, threads)) as parsed:
+        try:
+            for block in parsed:
+                line += block.num_lines
+                yield block
+        except BadRow as error:
+            raise DataError(
+                error.message, path=source.path, line=line + error.line, column=error.column
+            ) from None
 
 
 def _read_header(line: bytes, path: str | Path) -> _Header:

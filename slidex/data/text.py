@@ -200,6 +200,18 @@ def prepare_csv(
     return _prepare("csv", read, reader_options, sources, out, TextOptions(**options))
 
 
+def read_jsonl_texts(path: str | Path, fields: Sequence[str]) -> Iterator[str]:
+    """The texts of a file of JSON lines, for prediction: its fields joined as `prepare_jsonl` joins them.
+
+    Raises:
+        DataError: The file is missing or damaged, or a line is no object with these fields as text.
+    """
+    with SourceFile(path) as source:
+        for number, line in enumerate(decoded(source.path, source.lines()), start=1):
+            record = parse_object(source.path, number, line)
+            yield "\n".join(text_in(record, field, source.path, number) for field in fields)
+
+
 def _prepare(
     kind: str,
     read: _Reader,

@@ -126,7 +126,7 @@ class CandidateSelector:
             None if offset_U is None else torch.from_numpy(offset_U).to(hidden_ND.dtype),
             torch.from_numpy(labels.indptr),
             torch.from_numpy(positions),
-            torch.from_numpy(_label_weights(labels)).to(hidden_ND.dtype),
+            label_weights(labels),
             int(counts[1]),
             int(counts[2]),
         )
@@ -183,9 +183,10 @@ class CandidateSelector:
         return offset_U
 
 
-def _label_weights(labels: CsrArrays) -> np.ndarray:
+def label_weights(labels: CsrArrays) -> torch.Tensor:
+    """Target mass of every stored label, 1 / (labels of its row): float32 (labels.nnz,)."""
     counts = np.diff(labels.indptr)
-    return np.repeat(1.0 / np.maximum(counts, 1), counts)
+    return torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).float()
 
 
 @numba.njit(cache=True, nogil=True)

@@ -108,15 +108,16 @@ class Classifier:
             raise DataError(
                 f"the data have {x.num_columns:,} features; the model was trained on {self.encoder.bag.shape[0]:,}."
             )
-        if indexed and (self.index is None or not self.index.stats().built):
+        index = self.index if indexed else None
+        if indexed and (index is None or not index.stats().built):
             raise ConfigError("Indexed prediction needs a model whose index is built.")
         for start in range(0, x.num_rows, PREDICT_ROWS):
             rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
             with torch.no_grad():
                 hidden_ND = self.encoder(rows)
                 candidates_NA = None
-                if indexed:
-                    candidates_NA = self.index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
+                if index is not None:
+                    candidates_NA = index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
                 yield self.head.topk(hidden_ND, k, candidates_NA=candidates_NA)
 
 

@@ -84,12 +84,14 @@ class BagEncoder(nn.Module):
     def backward(self, graph: TrainingGraph, grad_hidden_NH: torch.Tensor, adam: AdamStep) -> None:
         """Accumulates `.grad` of the dense parameters and applies one Adam step to the touched rows of the bag."""
         graph.hidden_NH.backward(grad_hidden_NH)
-        x = graph.x
+        x, grad_bag_ND = graph.x, graph.bag_ND.grad
+        if grad_bag_ND is None:
+            raise RuntimeError("autograd left no gradient at the embedding bag")
         kernels.embedding_bag_adam(
             torch.from_numpy(x.indptr),
             torch.from_numpy(x.indices),
             None if x.values is None else torch.from_numpy(x.values),
-            graph.bag_ND.grad,
+            grad_bag_ND,
             self.bag,
             self.bag_state,
             adam,

@@ -22,10 +22,11 @@ from torch import nn
 from slidex.errors import ConfigError
 from slidex.kernels import AdamStep, RowState
 from slidex.kernels import cpu as kernels
+from slidex.nn.candidates import label_weights
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
-    from slidex.nn.candidates import CandidateSelector
+    from slidex.nn.candidates import ActiveSets, CandidateSelector
 
 MODES = ("exact", "shared", "per_sample")
 LOSSES = ("softmax", "logistic")
@@ -41,17 +42,17 @@ class Scored:
     Args:
         loss_N: float (N,), loss of every row.
         active: How many classes a row was scored on, on average.
-        ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1; None means all.
+        ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1.
         query_seconds: Time spent on choosing them.
     """
 
     loss_N: torch.Tensor
     active: float
-    ids: torch.Tensor | None
+    ids: torch.Tensor
     query_seconds: float
     hidden_ND: torch.Tensor
     grad: torch.Tensor
-    block_UD: torch.Tensor | None
+    rows_UD: torch.Tensor
 
 
 class SampledHead(nn.Module):
@@ -65,7 +66,7 @@ class SampledHead(nn.Module):
         loss: ``softmax`` (a row's target mass is spread evenly over its true classes) or ``logistic``
             (one-vs-all on the active classes).
         precision: Of the matrix products in ``exact`` and ``shared`` mode; weights stay float32.
-        selector: Chooses the active classes; needed unless `mode` is ``exact``.
+        selector: Chooses the active classes; None if and only if `mode` is ``exact``.
         seed: Seed of the initial weights.
 
     Raises:
@@ -115,28 +116,50 @@ class SampledHead(nn.Module):
             labels: True classes of the N rows.
             step: Keys all randomness, so that a step can be repeated.
         """
-        if self.mode == "per_sample":
-            return self._score_per_sample(hidden_ND, labels, step)
-        return self._score_block(hidden_ND, labels, step)
+        started = time.perf_counter()
+        if self.selector is None:
+            ids_U, rows_UD, bias_U, offset_U = torch.arange(self.num_classes), self.weight, self.bias, None
+            indptr, positions = (
+                torch.from_numpy(labels.indptr),
+                torch.from_numpy(labels.indices.astype(np.int64)),
+            )
+            weights, query_seconds = label_weights(labels), 0.0
+        elif self.mode == "shared":
+            pool = self.selector.pool(hidden_ND, labels, step)
+            query_seconds = time.perf_counter() - started
+            ids_U, offset_U = pool.ids_U, pool.offset_U
+            indptr, positions, weights = pool.target_indptr, pool.target_positions, pool.target_weights
+            rows_UD, bias_U = kernels.gather_rows(self.weight, self.bias, ids_U)
+        else:
+            sets = self.selector.active_sets(hidden_ND, labels, step)
+            return self._score_pairs(sets, hidden_ND, time.perf_counter() - started)
+        if self.precision == "bfloat16":
+            rows_UD = rows_UD.bfloat16()
+        logits_NU = self._matmul(hidden_ND, rows_UD.T).add_(bias_U)
+        if self.loss == "softmax":
+            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights, offset_U)
+        else:
+            weight_U = None if offset_U is None else offset_U.exp()
+            loss_N = kernels.shared_logistic_loss(
+                logits_NU, indptr, positions, torch.ones_like(weights), weight_U
+            )
+        # The loss kernels have overwritten the scores with their gradient.
+        return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, logits_NU, rows_UD)
 
     def update(self, scored: Scored, adam: AdamStep) -> torch.Tensor:
         """Applies one Adam step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
         grad = scored.grad.mul_(1 / max(1, scored.hidden_ND.shape[0]))
         states = (self.weight, self.bias, self.weight_state, self.bias_state, adam)
         if self.mode == "per_sample":
-            grad_hidden_ND = kernels.pair_hidden_grad(grad, self.weight, scored.ids)
+            grad_hidden_ND = kernels.pair_hidden_grad(grad, scored.rows_UD, scored.ids)
             kernels.pair_adam(grad, scored.hidden_ND, scored.ids, *states)
             return grad_hidden_ND
-        grad_hidden_ND = self._matmul(grad, scored.block_UD)
-        grad_block_UD = self._matmul(grad.T, scored.hidden_ND)
-        ids_U = torch.arange(self.num_classes) if scored.ids is None else scored.ids
-        kernels.rows_adam(ids_U, grad_block_UD, grad.sum(0), *states)
+        grad_hidden_ND = self._matmul(grad, scored.rows_UD)
+        grad_rows_UD = self._matmul(grad.T, scored.hidden_ND)
+        kernels.rows_adam(scored.ids, grad_rows_UD, grad.sum(0), *states)
         return grad_hidden_ND
 
-    def _score_per_sample(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
-        started = time.perf_counter()
-        sets = self.selector.active_sets(hidden_ND, labels, step)
-        query_seconds = time.perf_counter() - started
+    def _score_pairs(self, sets: ActiveSets, hidden_ND: torch.Tensor, query_seconds: float) -> Scored:
         logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, sets.active_NA)
         if self.loss == "softmax":
             loss_N, grad_NA = kernels.softmax_loss(logits_NA, sets.target_NA, sets.offset_NA)
@@ -147,36 +170,7 @@ class SampledHead(nn.Module):
                 logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA
             )
         active = float((sets.active_NA >= 0).sum()) / max(1, hidden_ND.shape[0])
-        return Scored(loss_N, active, sets.active_NA, query_seconds, hidden_ND, grad_NA, None)
-
-    def _score_block(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
-        query_seconds = 0.0
-        if self.mode == "exact":
-            ids_U, offset_U, block_UD, bias_U = None, None, self.weight, self.bias
-            indptr, positions = (
-                torch.from_numpy(labels.indptr),
-                torch.from_numpy(labels.indices.astype(np.int64)),
-            )
-            counts = np.diff(labels.indptr)
-            weights = torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).to(hidden_ND.dtype)
-        else:
-            started = time.perf_counter()
-            pool = self.selector.pool(hidden_ND, labels, step)
-            query_seconds = time.perf_counter() - started
-            ids_U, offset_U = pool.ids_U, pool.offset_U
-            indptr, positions, weights = pool.target_indptr, pool.target_positions, pool.target_weights
-            block_UD, bias_U = kernels.gather_rows(self.weight, self.bias, ids_U)
-        if self.precision == "bfloat16":
-            block_UD = block_UD.bfloat16()
-        logits_NU = self._matmul(hidden_ND, block_UD.T).add_(bias_U)
-        if self.loss == "softmax":
-            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights, offset_U)
-        else:
-            weight_U = None if offset_U is None else offset_U.exp()
-            loss_N = kernels.shared_logistic_loss(
-                logits_NU, indptr, positions, torch.ones_like(weights), weight_U
-            )
-        return Scored(loss_N, float(logits_NU.shape[1]), ids_U, query_seconds, hidden_ND, logits_NU, block_UD)
+        return Scored(loss_N, active, sets.active_NA, query_seconds, hidden_ND, grad_NA, self.weight)
 
     def _matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if self.precision == "float32":

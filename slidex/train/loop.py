@@ -184,8 +184,8 @@ class Trainer:
                     self._report()
                 epoch_end = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
                 stop = False
-                if self.valid and self._every(self.config.valid_every, epoch_end):
-                    stop = self._validate()
+                if self.valid is not None and self._every(self.config.valid_every, epoch_end):
+                    stop = self._validate(*self.valid)
                 if (
                     stop
                     or self.step == self.total_steps
@@ -212,7 +212,6 @@ class Trainer:
         if len(rows) == 0:
             raise DataError("no row of the train split has a label.", path=dataset.path)
         rng = counter_rng(self.config.seed, STREAM_VALID, 0)
-        split = None
         if "valid" in dataset.splits:
             split = dataset.split("valid")
             chosen = np.arange(split.num_rows)
@@ -220,13 +219,13 @@ class Trainer:
             split = self.train_split
             chosen = rng.choice(rows, max(1, int(len(rows) * self.config.valid_fraction)), replace=False)
             rows = np.setdiff1d(rows, chosen)
-        if split is None:
-            if self.config.patience is not None:
-                raise DataError(
-                    "the 'patience' setting needs validation rows: give 'valid_fraction', or prepare a valid split.",
-                    path=dataset.path,
-                )
+        elif self.config.patience is None:
             return rows, None
+        else:
+            raise DataError(
+                "the 'patience' setting needs validation rows: give 'valid_fraction', or prepare a valid split.",
+                path=dataset.path,
+            )
         if len(chosen) > self.config.valid_rows:
             chosen = rng.choice(chosen, self.config.valid_rows, replace=False)
         return rows, (split.x.take(chosen), split.y.take(chosen))
@@ -279,10 +278,7 @@ class Trainer:
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
-        if scored.ids is None:
-            self.seen_C1[:] = True
-        else:
-            self.seen_C1[scored.ids.numpy().ravel()] = True
+        self.seen_C1[scored.ids.numpy().ravel()] = True
         interval = self._interval
         interval["steps"] += 1
         interval["rows"] += x.num_rows
@@ -358,9 +354,8 @@ class Trainer:
         self._probe_seconds += time.perf_counter() - started
         return recall_at_k(found_NK, exact_NK)
 
-    def _validate(self) -> bool:
-        """Logs P@1 of the validation rows, notes the best; True if training should stop early."""
-        x, y = self.valid
+    def _validate(self, x: CsrArrays, y: CsrArrays) -> bool:
+        """Logs the accuracy on validation rows, notes the best; True if training should stop early."""
         metrics = MetricAccumulator(self.class_counts, len(self.rows), ks=(1, 3, 5))
         first = 0
         for _, ids in self.model.topk(x, 5):
@@ -429,7 +424,9 @@ class Trainer:
             except CheckpointError as error:
                 aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
                 checkpoint.path.rename(aside)
-                self.notify("message", {"text": f"{error} Moved to {aside.name}; trying an older checkpoint."})
+                self.notify(
+                    "message", {"text": f"{error} Moved to {aside.name}; trying an older checkpoint."}
+                )
                 continue
             break
         else:
