@@ -11,29 +11,31 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from slidex import doctor
 from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
 from slidex.kernels import AdamStep
-from slidex.lsh import (
-    ClassSampler,
-    DriftSchedule,
-    ExponentialSchedule,
-    FixedSchedule,
-    RehashSchedule,
-    recall_at_k,
-)
+from slidex.lsh import ClassSampler, recall_at_k
 from slidex.metrics import MetricAccumulator
 from slidex.nn.classifier import Classifier
-from slidex.threads import set_threads
 from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
 from slidex.train.run import Run, fingerprint
+from slidex.train.settle import (
+    DRIFT_ROWS,
+    STREAM_ORDER,
+    STREAM_PROBE,
+    STREAM_VALID,
+    counter_rng,
+    learning_rate,
+    rehash_schedule,
+    settle,
+)
 from slidex.train.signals import SignalCatcher
+from slidex.train.state import collect_state, newest_sound_checkpoint, restore_state
+from slidex.train.telemetry import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,9 +52,6 @@ PROBE_ROWS, PROBE_K, PROBE_FOUND = 64, 10, 100
 """The probe: on 64 rows, how many of the exact top 10 are among the index's first 100 proposals."""
 PROBE_SHARE = 0.02
 """The index's recall is probed against exact top-k as long as that takes no more than this share of the time."""
-DRIFT_ROWS = 2048
-"""Rows on which the drift schedule measures how many codes have changed."""
-STREAM_ORDER, STREAM_VALID, STREAM_PROBE = range(3)
 RESUME_MAY_CHANGE = {
     "epochs",
     "max_steps",
@@ -95,46 +94,6 @@ def fit(
     return trainer.fit(Run.create(out, config, dataset), resume=False)
 
 
-def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts."""
-    set_threads(config.threads)
-    native_bf16 = doctor.has_native_bf16()
-    if config.precision == "auto":
-        config = replace(config, precision="bfloat16" if native_bf16 is True else "float32")
-    if config.mode == "auto":
-        width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
-        chosen = doctor.plan(
-            dataset.num_classes,
-            width,
-            config.batch_size,
-            pool_size=config.pool_size,
-            active=config.active_size,
-            native_bf16=config.precision == "bfloat16",
-        )
-        config = replace(config, mode=chosen.mode)
-    return config
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage since the last report."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str) -> float:
-        """Books the time since the last lap on `stage`."""
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
-        return elapsed
-
-    def move(self, source: str, target: str, seconds: float) -> None:
-        """Books `seconds` of one stage on another, which ran inside it."""
-        self.seconds[source] -= seconds
-        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
-
-
 class Trainer:
     """One run in progress. Use `fit`; this class is its parts by name."""
 
@@ -163,18 +122,17 @@ class Trainer:
         self.bad_validations = 0
         self.seconds = 0.0
         self.seen_C1 = np.zeros(dataset.num_classes + 1, dtype=bool)  # one more: padding, -1, lands there
-        self.watch = Stopwatch()
-        self._interval = {"steps": 0, "rows": 0, "loss": 0.0, "active": 0.0, "rehashes": 0}
+        self.interval = Interval()
         self._probe_seconds = 0.0
 
     def fit(self, run: Run, *, resume: bool) -> Run:
         """Trains to the end, writing into `run`; see `fit`."""
         self.run = run
         if resume:
-            self._load()
-        self.notify(
-            "start", {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
-        )
+            self._resume()
+        facts = {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
+        self.notify("start", facts)
+        self.notify("message", {"text": "first step: compiles the kernels, unless an earlier run has"})
         started = time.perf_counter() - self.seconds
         with SignalCatcher() as signals:
             for batch_x, batch_y in self._batches():
@@ -186,19 +144,15 @@ class Trainer:
                 stop = False
                 if self.valid is not None and self._every(self.config.valid_every, epoch_end):
                     stop = self._validate(*self.valid)
-                if (
-                    stop
-                    or self.step == self.total_steps
-                    or self._every(self.config.checkpoint_every, epoch_end)
-                ):
+                last = stop or self.step == self.total_steps
+                if last or signals.received or self._every(self.config.checkpoint_every, epoch_end):
                     self._save()
-                if signals.received:
-                    self._save()
+                if signals.received and not last:
                     raise InterruptedRunError(
                         f"stopped by {signals.received} after step {self.step:,}; the state is saved. "
                         f"Continue with: slidex train DATA --out {self.run.path} --resume"
                     )
-                if stop:
+                if last:
                     break
         return self.run
 
@@ -244,7 +198,7 @@ class Trainer:
             for step in range(self.step, self.total_steps):
                 batch = upcoming.result() if upcoming is not None else read(step)
                 upcoming = pool.submit(read, step + 1) if step + 1 < self.total_steps else None
-                self.watch.lap("data")
+                self.interval.watch.lap("data")
                 yield batch
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -255,7 +209,7 @@ class Trainer:
 
     def _train_step(self, x: CsrArrays, y: CsrArrays) -> None:
         """One step; `self.step` counts steps taken, so the step at hand has the next number."""
-        step, model, watch = self.step + 1, self.model, self.watch
+        step, model, watch = self.step + 1, self.model, self.interval.watch
         self._rehash_if_due()
         hidden_ND, graph = model.encoder.forward_train(x, step)
         watch.lap("encoder")
@@ -279,11 +233,10 @@ class Trainer:
         watch.lap("encoder")
         self.step = step
         self.seen_C1[scored.ids.numpy().ravel()] = True
-        interval = self._interval
-        interval["steps"] += 1
-        interval["rows"] += x.num_rows
-        interval["loss"] += loss
-        interval["active"] += scored.active * x.num_rows
+        interval = self.interval
+        interval.rows += x.num_rows
+        interval.loss += loss
+        interval.active += scored.active * x.num_rows
         self.notify("step", {"step": step, "loss": loss / x.num_rows})
         watch.lap("other")
 
@@ -307,37 +260,27 @@ class Trainer:
             sample = ClassSampler(self.num_classes, seed=self.config.seed).sample(DRIFT_ROWS, step=0)
             return index.drift(head.weight, head.bias, sample)
 
-        self.watch.lap("other")
+        self.interval.watch.lap("other")
         if self.step == 0 or self.schedule.due(self.step, drift):
             index.build(head.weight, head.bias)
             self.schedule.rehashed(self.step)
-            self._interval["rehashes"] += 1
-        self.watch.lap("rehash")
+            self.interval.rehashes += 1
+        self.interval.watch.lap("rehash")
 
     def _report(self) -> None:
-        interval, watch = self._interval, self.watch
         recall = self._probe_recall()
-        watch.lap("other")
-        total = sum(watch.seconds.values())
-        rows = max(1, interval["rows"])
+        self.interval.watch.lap("other")
         report = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
             "seconds": round(self.seconds, 3),
-            "loss": interval["loss"] / rows,
             "learning_rate": learning_rate(self.config, self.step, self.total_steps),
-            "samples_per_second": interval["rows"] / max(total, 1e-9),
-            "active_classes": interval["active"] / rows,
-            "rehashes": interval["rehashes"],
             "index_recall": recall,
             "classes_seen": float(self.seen_C1[: self.num_classes].mean()),
-            "time_share": {
-                stage: seconds / max(total, 1e-9) for stage, seconds in sorted(watch.seconds.items())
-            },
+            **self.interval.facts(),
         }
         self._log("report", report)
-        self._interval = dict.fromkeys(interval, 0)
-        self.watch = Stopwatch()
+        self.interval = Interval()
 
     def _probe_recall(self) -> float | None:
         """Share of the exact top 10 among the index's first 100, on a few fixed training rows."""
@@ -371,7 +314,7 @@ class Trainer:
             self._save()
             text = json.dumps({"step": self.step, "P@1": result["P@1"]})
             write_atomically(self.run.path / "best.json", text)
-        self.watch.lap("validation")
+        self.interval.watch.lap("validation")
         return self.config.patience is not None and self.bad_validations >= self.config.patience
 
     def _log(self, kind: str, facts: dict[str, Any]) -> None:
@@ -380,108 +323,25 @@ class Trainer:
         self.notify(kind, facts)
 
     def _save(self) -> None:
+        """Takes a checkpoint, unless there is one of this step; drops those no longer wanted."""
         if self.step in {checkpoint.step for checkpoint in list_checkpoints(self.run.checkpoints)}:
             return
-        head, encoder = self.model.head, self.model.encoder
-        moments = {
-            f"{name}.{part}": getattr(state, part)
-            for name, state in self._row_states().items()
-            for part in ("moment1", "moment2")
-        }
-        for name, parameter in encoder.named_parameters():
-            for part, value in self.dense_optimizer.state.get(parameter, {}).items():
-                moments[f"dense.{name}.{part}"] = value
-        tensors = {
-            "encoder": encoder.state_dict(),
-            "head": head.state_dict(),
-            "optimizer": moments,
-            "progress": {"seen": torch.from_numpy(self.seen_C1)},
-        }
-        if self.model.index is not None:
-            tensors["index"] = self.model.index.state()
-        state = {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "seconds": self.seconds,
-            "bad_validations": self.bad_validations,
-            "schedule": self.schedule.state_dict(),
-        }
-        saved = save_checkpoint(self.run.checkpoints, self.step, tensors, state)
+        saved = save_checkpoint(self.run.checkpoints, self.step, *collect_state(self))
         best = self.run.best()
         prune_checkpoints(self.run.checkpoints, self.config.keep_last, best["step"] if best else None)
         self._log("checkpoint", {"step": self.step, "path": saved.path.name})
-        self.watch.lap("checkpoint")
+        self.interval.watch.lap("checkpoint")
 
-    def _load(self) -> None:
-        """Continues from the newest checkpoint that verifies; an altered one is moved aside with a message."""
-        checkpoints = list_checkpoints(self.run.checkpoints)
-        if not checkpoints:
-            self.notify("message", {"text": "the run has no checkpoint yet: starting at its first step"})
-            return
-        for checkpoint in reversed(checkpoints):
-            try:
-                checkpoint.verify()
-            except CheckpointError as error:
-                aside = checkpoint.path.with_name(f"damaged-{checkpoint.path.name}")
-                checkpoint.path.rename(aside)
-                self.notify(
-                    "message", {"text": f"{error} Moved to {aside.name}; trying an older checkpoint."}
-                )
-                continue
-            break
+    def _resume(self) -> None:
+        checkpoint = newest_sound_checkpoint(
+            self.run.checkpoints, lambda text: self.notify("message", {"text": text})
+        )
+        if checkpoint is None:
+            text = "the run has no checkpoint yet: starting at its first step"
         else:
-            raise CheckpointError(f"{self.run.checkpoints}: holds no checkpoint that is as it was written.")
-        state = checkpoint.state()
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.bad_validations = state["bad_validations"]
-        self.schedule.load_state_dict(state["schedule"])
-        self.model.encoder.load_state_dict(checkpoint.tensors("encoder"))
-        self.model.head.load_state_dict(checkpoint.tensors("head"))
-        self.seen_C1 = checkpoint.tensors("progress")["seen"].numpy().copy()
-        if self.model.index is not None:
-            head = self.model.head
-            self.model.index.load_state(checkpoint.tensors("index"), head.weight, head.bias)
-        moments = checkpoint.tensors("optimizer")
-        for name, row_state in self._row_states().items():
-            row_state.moment1.copy_(moments[f"{name}.moment1"])
-            row_state.moment2.copy_(moments[f"{name}.moment2"])
-        for name, parameter in self.model.encoder.named_parameters():
-            prefix = f"dense.{name}."
-            parts = {
-                key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)
-            }
-            if parts:
-                self.dense_optimizer.state[parameter] = parts
-        self.notify("message", {"text": f"resumed from {checkpoint.path.name}"})
-
-    def _row_states(self) -> dict[str, Any]:
-        head, encoder = self.model.head, self.model.encoder
-        return {"weight": head.weight_state, "bias": head.bias_state, "bag": encoder.bag_state}
-
-
-def rehash_schedule(config: TrainConfig) -> RehashSchedule:
-    """The schedule that the `rehash` settings ask for."""
-    first, longest = config.rehash_every, max(config.rehash_every, config.rehash_max_gap)
-    if config.rehash == "fixed":
-        return FixedSchedule(first)
-    if config.rehash == "exponential":
-        return ExponentialSchedule(first, config.rehash_growth, longest)
-    return DriftSchedule(config.rehash_drift, first, DRIFT_ROWS, first, longest)
-
-
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Learning rate of a step, 1-based: warm-up from 0, then constant, or to 0 along a line or a cosine."""
-    warmup_steps = int(config.warmup * total_steps)
-    if step <= warmup_steps:
-        return config.learning_rate * step / warmup_steps
-    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return config.learning_rate * factor[config.lr_schedule]
-
-
-def counter_rng(seed: int, stream: int, counter: int) -> np.random.Generator:
-    """A generator that is a function of its three arguments (Philox, Salmon et al. 2011)."""
-    return np.random.Generator(np.random.Philox(key=[seed, stream << 48 | counter]))
+            restore_state(self, checkpoint)
+            text = f"resumed from {checkpoint.path.name}"
+        self.notify("message", {"text": text})
 
 
 def _check_same_run(run: Run, dataset: Dataset, config: TrainConfig) -> None:

@@ -14,7 +14,7 @@ import slidex
 from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
-from slidex.train.loop import learning_rate
+from slidex.train.settle import learning_rate
 
 SMALL = {
     "hidden_width": 32,
@@ -156,9 +156,7 @@ def test_resume_refuses_other_settings_and_an_occupied_directory(easy_data, tmp_
     with pytest.raises(CheckpointError, match="exists already"):
         slidex.fit(easy_data, tmp_path / "run", config(mode="exact", max_steps=2))
     with pytest.raises(CheckpointError, match="cannot be resumed with batch_size = 32; the run has 64"):
-        slidex.fit(
-            easy_data, tmp_path / "run", config(mode="exact", max_steps=2, batch_size=32), resume=True
-        )
+        slidex.fit(easy_data, tmp_path / "run", config(mode="exact", max_steps=2, batch_size=32), resume=True)
 
 
 def test_resume_passes_over_an_altered_checkpoint(easy_data, tmp_path):

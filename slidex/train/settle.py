@@ -1,0 +1,66 @@
+"""What the settings mean on this machine and at this step: modes, learning rates, rehash schedules, random streams."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from slidex import doctor
+from slidex.lsh import DriftSchedule, ExponentialSchedule, FixedSchedule, RehashSchedule
+from slidex.threads import set_threads
+
+if TYPE_CHECKING:
+    from slidex.data import Dataset
+    from slidex.train.config import TrainConfig
+
+DRIFT_ROWS = 2048
+"""Rows on which the drift schedule measures how many codes have changed."""
+STREAM_ORDER, STREAM_VALID, STREAM_PROBE = range(3)
+
+
+def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+    """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts."""
+    set_threads(config.threads)
+    native_bf16 = doctor.has_native_bf16()
+    if config.precision == "auto":
+        config = replace(config, precision="bfloat16" if native_bf16 is True else "float32")
+    if config.mode == "auto":
+        width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
+        chosen = doctor.plan(
+            dataset.num_classes,
+            width,
+            config.batch_size,
+            pool_size=config.pool_size,
+            active=config.active_size,
+            native_bf16=config.precision == "bfloat16",
+        )
+        config = replace(config, mode=chosen.mode)
+    return config
+
+
+def rehash_schedule(config: TrainConfig) -> RehashSchedule:
+    """The schedule that the `rehash` settings ask for."""
+    first, longest = config.rehash_every, max(config.rehash_every, config.rehash_max_gap)
+    if config.rehash == "fixed":
+        return FixedSchedule(first)
+    if config.rehash == "exponential":
+        return ExponentialSchedule(first, config.rehash_growth, longest)
+    return DriftSchedule(config.rehash_drift, first, DRIFT_ROWS, first, longest)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """Learning rate of a step, 1-based: warm-up from 0, then constant, or to 0 along a line or a cosine."""
+    warmup_steps = int(config.warmup * total_steps)
+    if step <= warmup_steps:
+        return config.learning_rate * step / warmup_steps
+    progress = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    return config.learning_rate * factor[config.lr_schedule]
+
+
+def counter_rng(seed: int, stream: int, counter: int) -> np.random.Generator:
+    """A generator that is a function of its three arguments (Philox, Salmon et al. 2011)."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream << 48 | counter]))

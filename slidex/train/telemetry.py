@@ -1,0 +1,50 @@
+"""Where the time of a run goes, and what happened since the last report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage since the last report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, stage: str) -> float:
+        """Books the time since the last lap on `stage`."""
+        now = time.perf_counter()
+        elapsed, self._last = now - self._last, now
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+        return elapsed
+
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Books `seconds` of one stage on another, which ran inside it."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
+
+@dataclass
+class Interval:
+    """Sums over the steps since the last report."""
+
+    rows: int = 0
+    loss: float = 0.0
+    active: float = 0.0
+    rehashes: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def facts(self) -> dict[str, Any]:
+        """Means and rates over the interval, which ends now."""
+        seconds = max(sum(self.watch.seconds.values()), 1e-9)
+        rows = max(1, self.rows)
+        return {
+            "loss": self.loss / rows,
+            "samples_per_second": self.rows / seconds,
+            "active_classes": self.active / rows,
+            "rehashes": self.rehashes,
+            "time_share": {stage: spent / seconds for stage, spent in sorted(self.watch.seconds.items())},
+        }
