@@ -4,58 +4,42 @@ Results go to standard output, progress and logs to standard error. Heavy module
 so that ``--help`` answers at once.
 
 Exit codes: 0 done, 1 handled failure, 2 usage or settings, 3 bad data, 4 diverged, 75 stopped by a signal after
-saving, 130 interrupted without saving.
+saving, 130 and 143 stopped by Ctrl-C and SIGTERM without saving.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import Any
-
 import click
 
 from slidex import __version__
-from slidex.cli.evaluate import evaluate, predict
+from slidex.cli.command import MainGroup
+from slidex.cli.evaluate import evaluate
 from slidex.cli.inspect import doctor, inspect
+from slidex.cli.predict import predict
 from slidex.cli.prepare import prepare
 from slidex.cli.train import train
-from slidex.errors import SlidexError
-
-
-class ErrorMappingGroup(click.Group):
-    """A group whose commands' SlidexErrors become one line on standard error and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command."""
-        try:
-            return super().invoke(ctx)
-        except SlidexError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(130)
-        except BrokenPipeError:  # the reader of our output went away, as `| head` does
-            sys.stderr.close()
-            ctx.exit(1)
 
 
 @click.group(
-    cls=ErrorMappingGroup,
+    cls=MainGroup,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "auto_envvar_prefix": "SLIDEX",
         "show_default": True,
+        "max_content_width": 110,
     },
+    examples=(
+        "slidex prepare python-source --out data",
+        "slidex train data --out run && slidex eval run data",
+    ),
 )
 @click.version_option(__version__, prog_name="slidex")
 def main() -> None:
-    r"""Train and serve classifiers with very many classes.
+    """Train and serve classifiers with very many classes.
 
-    \b
-    Examples:
-      slidex prepare python-source --out data
-      slidex train data --out run && slidex eval run data
+    Results go to standard output, progress and logs to standard error. Exit codes: 0 done, 1 failure, 2 wrong usage
+    or settings, 3 bad data, 4 diverged, 75 stopped by a signal after saving, 130 and 143 stopped by Ctrl-C and
+    SIGTERM with nothing to save.
     """
 
 

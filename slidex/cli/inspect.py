@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from slidex.cli.command import Command, echo_json
 
-@click.command()
+
+@click.command(
+    cls=Command,
+    examples=(
+        "slidex inspect data",
+        "slidex inspect run --json",
+    ),
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Also read everything and compare checksums.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(path: Path, verify: bool, as_json: bool) -> None:
-    r"""Describe a prepared data set or a run directory.
-
-    \b
-    Examples:
-      slidex inspect data
-      slidex inspect run --json
-    """
+@click.option("--json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, verify: bool, json: bool) -> None:
+    """Describe a prepared data set or a run directory."""
     from slidex.errors import DataError  # noqa: PLC0415
 
+    if not path.exists():
+        raise DataError("does not exist.", path=path)
     if (path / "meta.json").is_file():
         facts = data_facts(path, verify)
     elif (path / "run.json").is_file():
@@ -31,8 +34,8 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
         raise DataError(
             "is neither a data set (it has no meta.json) nor a run (it has no run.json).", path=path
         )
-    if as_json:
-        click.echo(json.dumps(facts, indent=1, ensure_ascii=False))
+    if json:
+        echo_json(facts, indent=1)
         return
     for name, value in facts.items():
         if isinstance(value, dict):
@@ -45,6 +48,8 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
 
 def readable(value: Any) -> str:
     """A value as a person writes it."""
+    if isinstance(value, dict | list | tuple) and not value:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{name} {readable(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
@@ -116,20 +121,23 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "slidex doctor",
+        "slidex doctor --classes 1000000 --width 128 --batch 256",
+    ),
+)
 @click.option("--classes", type=click.IntRange(min=1), help="Classes to plan for.")
 @click.option("--width", default=128, type=click.IntRange(min=1), help="Width of the hidden vector.")
 @click.option("--batch", default=256, type=click.IntRange(min=1), help="Rows in a step.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def doctor(classes: int | None, width: int, batch: int, as_json: bool) -> None:
-    r"""Report versions, threads and hardware, and which way of training fits a model of the given size.
-
-    \b
-    Examples:
-      slidex doctor
-      slidex doctor --classes 1000000 --width 128 --batch 256
-    """
+@click.option("--json", is_flag=True, help="Print JSON.")
+def doctor(classes: int | None, width: int, batch: int, json: bool) -> None:
+    """Report versions, threads and hardware, and which way of training fits a model of the given size."""
     from slidex.doctor import format_report, report  # noqa: PLC0415
 
     facts = report(num_classes=classes, hidden_width=width, batch_size=batch)
-    click.echo(json.dumps(facts, indent=1) if as_json else format_report(facts))
+    if json:
+        echo_json(facts, indent=1)
+    else:
+        click.echo(format_report(facts))

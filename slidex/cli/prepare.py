@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slidex.cli.command import Group
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -101,55 +103,63 @@ def run_preparation(function: str, *arguments: Any, **settings: Any) -> None:
     )
 
 
-@click.group()
+@click.group(
+    cls=Group,
+    examples=(
+        "slidex prepare xmc train.txt --test test.txt --out data",
+        "slidex prepare python-source --out data",
+    ),
+)
 def prepare() -> None:
-    r"""Turn a source into a data set: a directory of memory-mapped arrays.
-
-    \b
-    Examples:
-      slidex prepare xmc train.txt --test test.txt --out data
-      slidex prepare python-source --out data
-    """
+    """Turn a source into a data set: a directory of memory-mapped arrays."""
 
 
-@prepare.command()
+@prepare.command(
+    examples=(
+        "slidex prepare xmc train.txt --test test.txt --out data",
+        "slidex prepare xmc all.txt.xz --split-file tst_split.txt --out data",
+    )
+)
 @click.argument("source", type=FILE)
 @click.option("--split-file", type=FILE, help="File of the 1-based numbers of the test rows (first column).")
 @lines_options
 @shared_options
 def xmc(source: Path, out: Path, **settings: Any) -> None:
-    r"""Text format of the Extreme Classification Repository.
+    """Text format of the Extreme Classification Repository.
 
     A header `rows features labels`, then `label,label feature:value ...` per row; also .gz, .bz2, .xz.
-
-    \b
-    Examples:
-      slidex prepare xmc train.txt --test test.txt --out data
-      slidex prepare xmc all.txt.xz --split-file tst_split.txt --out data
     """
     run_preparation("prepare_xmc", source, out, **settings)
 
 
-@prepare.command()
+@prepare.command(
+    examples=(
+        "slidex prepare svmlight train.svm --test test.svm --out data",
+        "slidex prepare svmlight all.svm --test-fraction 0.1 --one-based --out data",
+    )
+)
 @click.argument("source", type=FILE)
-@click.option("--zero-based/--one-based", default=None, help="Feature ids from 0 or 1.  [default: look]")
+@click.option(
+    "--zero-based/--one-based",
+    default=None,
+    help="Feature ids from 0 or 1.  [default: 1, unless the files have an id 0]",
+)
 @click.option("--num-features", type=click.IntRange(min=1), help="Features; default: the largest id seen.")
 @click.option("--num-classes", type=click.IntRange(min=1), help="Classes; default: the largest label seen.")
 @lines_options
 @shared_options
 def svmlight(source: Path, out: Path, zero_based: bool | None, **settings: Any) -> None:
-    r"""Multilabel svmlight (LIBSVM) format: `label,label feature:value ...` per row, no header.
-
-    \b
-    Examples:
-      slidex prepare svmlight train.svm --test test.svm --out data
-      slidex prepare svmlight all.svm --test-fraction 0.1 --one-based --out data
-    """
+    """Multilabel svmlight (LIBSVM) format: `label,label feature:value ...` per row, no header."""
     chosen = "auto" if zero_based is None else zero_based
     run_preparation("prepare_svmlight", source, out, zero_based=chosen, **settings)
 
 
-@prepare.command()
+@prepare.command(
+    examples=(
+        "slidex prepare npz x.npz y.npz --test-x tx.npz --test-y ty.npz --out data",
+        "slidex prepare npz x.npz y.npz --test-fraction 0.1 --out data",
+    )
+)
 @click.argument("x", type=FILE)
 @click.argument("y", type=FILE)
 @click.option("--test-x", type=FILE, help="Features of the test rows.")
@@ -157,38 +167,36 @@ def svmlight(source: Path, out: Path, zero_based: bool | None, **settings: Any) 
 @numeric_options
 @shared_options
 def npz(x: Path, y: Path, out: Path, **settings: Any) -> None:
-    r"""A pair of scipy sparse matrices (`scipy.sparse.save_npz`): features X and labels Y.
-
-    \b
-    Examples:
-      slidex prepare npz x.npz y.npz --test-x tx.npz --test-y ty.npz --out data
-      slidex prepare npz x.npz y.npz --test-fraction 0.1 --out data
-    """
+    """A pair of scipy sparse matrices (`scipy.sparse.save_npz`): features X and labels Y."""
     run_preparation("prepare_npz", x, y, out, **settings)
 
 
-@prepare.command()
+@prepare.command(
+    examples=(
+        "slidex prepare jsonl items.jsonl --text-field title,text --out data",
+        "slidex prepare jsonl train.jsonl --test test.jsonl --vectorizer hashing --out data",
+    )
+)
 @click.argument("source", nargs=-1, required=True, type=FILE)
 @click.option("--text-field", default="text", help="Field or fields (comma-separated) with the text.")
 @click.option("--label-field", default="labels", help="Field with the labels: a list, or one string.")
 @text_options
 @shared_options
 def jsonl(source: tuple[Path, ...], out: Path, test: tuple[Path, ...], ngrams: int, **settings: Any) -> None:
-    r"""JSON lines: one object a line with text and labels.
-
-    \b
-    Examples:
-      slidex prepare jsonl items.jsonl --text-field title,text --out data
-      slidex prepare jsonl train.jsonl --test test.jsonl --vectorizer hashing --out data
-    """
+    """JSON lines: one object a line with text and labels."""
     run_preparation("prepare_jsonl", source, out, test=test or None, ngram_range=(1, ngrams), **settings)
 
 
-@prepare.command()
+@prepare.command(
+    examples=(
+        "slidex prepare csv items.csv --text-columns title,text --out data",
+        "slidex prepare csv train.csv --test test.csv --label-separator '|' --out data",
+    )
+)
 @click.argument("source", nargs=-1, required=True, type=FILE)
 @click.option("--text-columns", default="text", help="Column or columns (comma-separated) with the text.")
 @click.option("--label-column", default="labels", help="Column with the labels.")
-@click.option("--delimiter", default=",", help="Separates columns.")
+@click.option("--delimiter", default=",", help=r"Separates columns; \t is a tab.")
 @text_options
 @shared_options
 def csv(
@@ -197,15 +205,10 @@ def csv(
     test: tuple[Path, ...],
     ngrams: int,
     text_columns: str,
+    delimiter: str,
     **settings: Any,
 ) -> None:
-    r"""Delimited text whose first row names the columns.
-
-    \b
-    Examples:
-      slidex prepare csv items.csv --text-columns title,text --out data
-      slidex prepare csv train.csv --test test.csv --label-separator '|' --out data
-    """
+    """Delimited text whose first row names the columns."""
     columns = text_columns.split(",")
     run_preparation(
         "prepare_csv",
@@ -214,11 +217,18 @@ def csv(
         test=test or None,
         ngram_range=(1, ngrams),
         text_columns=columns,
+        delimiter=delimiter.replace(r"\t", "\t"),
         **settings,
     )
 
 
-@prepare.command(name="python-source")
+@prepare.command(
+    name="python-source",
+    examples=(
+        "slidex prepare python-source --out data",
+        "slidex prepare python-source src venv/lib/python3.11/site-packages --out data",
+    ),
+)
 @click.argument("source", nargs=-1, type=FILE)
 @click.option(
     "--min-count", default=3, help="Identifiers seen less often in the training files are no classes."
@@ -227,13 +237,7 @@ def csv(
 @click.option("--max-files", type=click.IntRange(min=1), help="Read no more files than this.")
 @shared_options
 def python_source(source: tuple[Path, ...], out: Path, **settings: Any) -> None:
-    r"""Python files: which identifier comes next? SOURCE are directories; default: the standard library.
-
-    \b
-    Examples:
-      slidex prepare python-source --out data
-      slidex prepare python-source src venv/lib/python3.11/site-packages --out data
-    """
+    """Python files: which identifier comes next? SOURCE are directories; default: the standard library."""
     from slidex.data import standard_library_directory  # noqa: PLC0415
 
     run_preparation("prepare_python_source", source or (standard_library_directory(),), out, **settings)

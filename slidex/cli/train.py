@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
 
-from slidex.train.config import PRESETS, TrainConfig, read_toml
+from slidex.cli.command import Command, echo_json
+from slidex.train.config import PRESETS, TrainConfig, preset_settings, read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,13 +56,18 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command()
+@click.command(
+    cls=Command,
+    examples=(
+        "slidex train data --out run",
+        "slidex train data --out run --mode per_sample --epochs 3 --rehash drift",
+    ),
+)
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to make.")
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Settings by name; options override them.")
 @click.option(
     "--config",
-    "config_file",
     type=click.Path(path_type=Path),
     help="TOML file of settings; options override it.",
 )
@@ -72,37 +78,32 @@ def train(
     data: Path,
     out: Path,
     preset: str | None,
-    config_file: Path | None,
+    config: Path | None,
     resume: bool,
     print_config: bool,
     **given: Any,
 ) -> None:
-    r"""Train a model on the prepared data set DATA.
+    """Train a model on the prepared data set DATA.
 
     Settings come from options, then SLIDEX_TRAIN_* environment variables, then --config, then --preset, then the
     defaults. Ctrl-C and SIGTERM save the state first; continue with --resume.
-
-    \b
-    Examples:
-      slidex train data --out run
-      slidex train data --out run --mode per_sample --epochs 3 --rehash drift
     """
-    settings = read_toml(config_file) if config_file else {}
+    settings = read_toml(config) if config else {}
     settings |= {name: value for name, value in given.items() if value is not None}
-    if resume and not preset:
+    if preset:
+        settings = preset_settings(preset) | settings
+    if resume:
         from slidex.train.run import Run  # noqa: PLC0415
 
         settings = Run.open(out).meta["config"] | settings
-    config = TrainConfig.from_mapping(settings, preset=preset)
+    chosen = TrainConfig.from_mapping(settings)
     if print_config:
-        import json  # noqa: PLC0415
-
-        click.echo(json.dumps(config.to_mapping(), indent=1))
+        echo_json(chosen.to_mapping(), indent=1)
         return
     from slidex.cli.training_display import TrainingDisplay  # noqa: PLC0415
     from slidex.data import Dataset  # noqa: PLC0415
     from slidex.train.loop import fit  # noqa: PLC0415
 
     with TrainingDisplay() as display:
-        run = fit(Dataset.open(data), out, config, resume=resume, notify=display)
+        run = fit(Dataset.open(data), out, chosen, resume=resume, notify=display)
     click.echo(f"trained: {run.path}", err=True)

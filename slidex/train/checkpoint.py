@@ -61,9 +61,12 @@ class Checkpoint:
 
     def _manifest(self) -> dict[str, dict[str, Any]]:
         try:
-            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = json.loads((self.path / MANIFEST).read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / MANIFEST}: cannot be read: {error}.") from error
+        if not isinstance(manifest, dict):
+            raise CheckpointError(f"{self.path / MANIFEST}: must be a JSON object. Got {manifest!r} instead.")
+        return manifest
 
 
 def save_checkpoint(
@@ -110,7 +113,9 @@ def save_checkpoint(
 
 def list_checkpoints(directory: Path) -> list[Checkpoint]:
     """Complete checkpoints in `directory`, oldest first."""
-    return [Checkpoint(path) for path in sorted(directory.glob("step_*")) if (path / MANIFEST).is_file()]
+    found = [Checkpoint(path) for path in directory.glob("step_*") if path.name[5:].isdecimal()]
+    complete = [checkpoint for checkpoint in found if (checkpoint.path / MANIFEST).is_file()]
+    return sorted(complete, key=lambda checkpoint: checkpoint.step)
 
 
 def prune_checkpoints(directory: Path, keep_last: int, keep_step: int | None) -> None:
@@ -152,10 +157,15 @@ def verify_files(directory: Path, recorded: Mapping[str, Mapping[str, Any]]) -> 
     """Compares files with what `record_files` said of them.
 
     Raises:
-        CheckpointError: naming the first file that is missing, or of another size or checksum.
+        CheckpointError: naming the first file that is missing, or of another size or checksum, or not recorded as
+            `record_files` does.
     """
     for name, expected in recorded.items():
         file = directory / name
+        if not (
+            isinstance(expected, dict) and isinstance(expected.get("bytes"), int) and "blake2b" in expected
+        ):
+            raise CheckpointError(f"{file}: is recorded as {expected!r}; expected bytes and blake2b.")
         if not file.is_file():
             raise CheckpointError(f"{file}: is missing; it should have {expected['bytes']:,} bytes.")
         size = file.stat().st_size

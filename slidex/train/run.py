@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
     from slidex.data.vectorizers import Vectorizer
 
 FORMAT, VERSION = "slidex-run", 1
+META_FIELDS = {
+    "slidex": str,
+    "torch": str,
+    "config": dict,
+    "num_features": int,
+    "num_classes": int,
+    "data": dict,
+    "train_rows": int,
+    "files": dict,
+}
+"""What ``run.json`` must have beside format and version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +56,24 @@ class Run:
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig, dataset: Dataset) -> Run:
-        """Makes the directory.
+        """Makes the directory: complete, or not at all.
 
         Raises:
             CheckpointError: if `path` exists and is not an empty directory.
         """
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path}: exists already. Give --resume to continue it, or another --out.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            meta = cls._write(temporary, config, dataset)
+            temporary.replace(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return cls(path, meta)
+
+    @staticmethod
+    def _write(path: Path, config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
         (path / "checkpoints").mkdir(parents=True)
         (path / "names").mkdir()
         labels, vectorizer = dataset.path / "labels.jsonl", dataset.path / "vectorizer"
@@ -72,7 +95,7 @@ class Run:
             "files": record_files(path),
         }
         write_atomically(path / "run.json", json.dumps(meta, indent=1))
-        return cls(path, meta)
+        return meta
 
     @classmethod
     def open(cls, path: Path) -> Run:
@@ -94,6 +117,9 @@ class Run:
             raise CheckpointError(
                 f"{file}: is of version {meta.get('version')}; this slidex ({slidex.__version__}) reads {VERSION}."
             )
+        for name, kind in META_FIELDS.items():
+            if not isinstance(meta.get(name), kind):
+                raise CheckpointError(f"{file}: its {name!r} is missing or damaged.")
         verify_files(path, meta["files"])
         return cls(path, meta)
 
@@ -124,20 +150,33 @@ class Run:
         return load_vectorizer(directory) if directory.is_dir() else None
 
     def best(self) -> dict[str, Any] | None:
-        """Step and P@1 of the best validation so far, or None."""
+        """Step and P@1 of the best validation so far, or None.
+
+        Raises:
+            CheckpointError: if ``best.json`` is damaged.
+        """
         file = self.path / "best.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            best = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise CheckpointError(f"{file}: is not valid JSON: {error}.") from error
+        if not (isinstance(best, dict) and isinstance(best.get("step"), int) and "P@1" in best):
+            raise CheckpointError(f"{file}: must hold a step and its P@1. Got {best!r} instead.")
+        return best
 
     def log(self) -> list[dict[str, Any]]:
         """Reports, validations and checkpoints so far, oldest first; a line cut off by a crash is left out."""
         file = self.path / "log.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         events = []
-        for line in lines:
+        for line in file.read_bytes().splitlines() if file.is_file() else []:
             try:
-                events.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
         return events
 
     def checkpoint(self) -> Checkpoint:
