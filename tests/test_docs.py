@@ -30,7 +30,7 @@ from slidex.train.config import TrainConfig
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE_MARKS = ("<!-- settings: written by python tests/test_docs.py -->\n", "<!-- end of settings -->\n")
-SET_UP = {"pip", "python3", "python", "git", "cd", "source", "."}
+SET_UP = {"pip", "python3", "python", ".venv/bin/pip", "git", "cd", "source", "."}
 """Commands of installation, which whoever runs this test has behind them."""
 SMALL_SOURCES, FEW_STEPS = "40", 20
 
@@ -87,7 +87,7 @@ def run_line(line: str) -> tuple[int, str]:
         if words[0] == "make":
             targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert {word for word in words[1:] if "=" not in word} <= set(targets), f"{line}: no such target"
-        elif words[0] == "slidex":
+        elif words[0] in {"slidex", ".venv/bin/slidex"}:
             done = CliRunner().invoke(main, words[1:], input=piped, prog_name="slidex")
             if done.exception and not isinstance(done.exception, SystemExit):
                 raise done.exception
