@@ -104,7 +104,9 @@ class SampledHead(nn.Module):
         )
         # Rows are written by the fused kernels, never by autograd.
         self.weight = nn.Parameter(weight_CD, requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(num_classes), requires_grad=False)
+        # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
+        start = -math.log(num_classes) if loss == "logistic" else 0.0
+        self.bias = nn.Parameter(torch.full((num_classes,), start), requires_grad=False)
         self.weight_state = RowState.zeros_like(self.weight)
         self.bias_state = RowState.zeros_like(self.bias)
 

@@ -62,7 +62,7 @@ class TrainConfig:
         0.0, "Random classes are drawn by training frequency to this power; 0 is uniform.", low=0.0, high=1.0
     )
     correction: str = _setting(
-        "none",
+        "stratified",
         "Weights of sampled classes in the softmax: all 1 (none), or random classes standing for those not drawn "
         "(stratified), or all by inverse inclusion probability (logq).",
         choices=("none", "logq", "stratified"),
@@ -82,6 +82,10 @@ class TrainConfig:
     )
     index_tables: int | None = _setting(None, "Hash tables; default: the index's own.", low=1, high=1024)
     index_probes: int = _setting(0, "Further buckets looked up in each table (multi-probe).", low=0, high=24)
+    index_center: bool = _setting(False, "Subtract the mean row before hashing.")
+    index_norm_augmentation: bool = _setting(
+        False, "Hash rows with a further dimension that makes their norms equal (Neyshabur and Srebro, 2015)."
+    )
     rehash: str = _setting(
         "exponential",
         "When the index is rebuilt: every n steps (fixed), with growing gaps (exponential), or when the rows have "
@@ -101,7 +105,7 @@ class TrainConfig:
     batch_size: int = _setting(256, "Rows in a step.", low=1)
     epochs: int = _setting(5, "Passes over the training rows.", low=1)
     max_steps: int | None = _setting(None, "Stop after this many steps, whatever the epochs.", low=1)
-    learning_rate: float = _setting(2e-3, "Adam's step size.", low=0.0, high=10.0)
+    learning_rate: float = _setting(3e-3, "Adam's step size.", low=0.0, high=10.0)
     lr_schedule: str = _setting(
         "linear", "Learning rate after the warm-up.", choices=("constant", "linear", "cosine")
     )
@@ -161,19 +165,33 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
-    "demo": {"mode": "shared", "epochs": 1},
+    "accurate": {
+        "hidden_width": 512,
+        "loss": "logistic",
+        "input_dropout": 0.3,
+        "batch_size": 128,
+        "learning_rate": 5e-3,
+        "epochs": 12,
+    },
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,
-        "random_share": 0.5,
         "index_bits": 9,
         "index_tables": 50,
         "correction": "none",
         "learning_rate": 1e-3,
         "lr_schedule": "constant",
     },
+    "demo": {
+        "mode": "shared",
+        "batch_size": 512,
+        "epochs": 2,
+        "learning_rate": 5e-3,
+        "normalize": False,
+    },
 }
-"""Settings by name, over the defaults. `slide` is the network and sampling of the MLSys 2020 paper."""
+"""Settings by name, over the defaults: what docs/performance.md shows to be good for bag-of-words data in little time
+(`fast`) or in more (`accurate`); network and sampling as in the SLIDE paper (`slide`); `make demo`'s own (`demo`)."""
 
 
 def preset_settings(name: str) -> dict[str, Any]:

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 Notify = Callable[[str, dict[str, Any]], None]
 """Called with an event and its facts: ``start``, ``message``, ``step``, ``report``, ``validation``, ``checkpoint``."""
 
-PROBE_ROWS, PROBE_K, PROBE_FOUND = 64, 10, 100
-"""The probe: on 64 rows, how many of the exact top 10 are among the index's first 100 proposals."""
+PROBE_ROWS, PROBE_K = 256, 10
+"""The probe: the exact top 10 of so many training rows (or of a batch, if that is smaller)."""
 PROBE_SHARE = 0.02
 """The index's recall is probed against exact top-k as long as that takes no more than this share of the time."""
 RESUME_MAY_CHANGE = {
@@ -283,19 +283,24 @@ class Trainer:
         self.interval = Interval()
 
     def _probe_recall(self) -> float | None:
-        """Share of the exact top 10 among the index's first 100, on a few fixed training rows."""
+        """Share of a few rows' exact top 10 that the index proposes for them as it does in training."""
         index, head = self.model.index, self.model.head
-        if index is None or self._probe_seconds > PROBE_SHARE * self.seconds:
+        if index is None or head.selector is None or self._probe_seconds > PROBE_SHARE * self.seconds:
             return None
         started = time.perf_counter()
         rng = counter_rng(self.config.seed, STREAM_PROBE, 0)
-        chosen = np.sort(rng.choice(self.rows, min(PROBE_ROWS, len(self.rows)), replace=False))
+        size = min(PROBE_ROWS, self.config.batch_size, len(self.rows))
+        chosen = np.sort(rng.choice(self.rows, size, replace=False))
         with torch.no_grad():
             hidden_ND = self.model.encoder(self.train_split.x.take(chosen))
             _, exact_NK = head.topk(hidden_ND, PROBE_K)
-            found_NK = index.query(hidden_ND, min(PROBE_FOUND, self.num_classes), step=0)
+        if head.mode == "shared":
+            pool = index.pool(hidden_ND, head.selector.retrieved)
+            recall = float(torch.isin(exact_NK, pool)[exact_NK >= 0].float().mean())
+        else:
+            recall = recall_at_k(index.query(hidden_ND, head.selector.retrieved), exact_NK)
         self._probe_seconds += time.perf_counter() - started
-        return recall_at_k(found_NK, exact_NK)
+        return recall
 
     def _validate(self, x: CsrArrays, y: CsrArrays) -> bool:
         """Logs the accuracy on validation rows, notes the best; True if training should stop early."""
