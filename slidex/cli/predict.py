@@ -74,7 +74,8 @@ def predict(
             echo_json(record)
         return
     with bar(total, "row", "predict") as shown:
-        write_whole(output, shown_rows(records, shown))
+        rows = write_whole(output, shown_rows(records, shown))
+    click.echo(f"{output}: {rows:,} rows", err=True)
 
 
 def shown_rows(records: Iterable[dict[str, Any]], shown: Any) -> Iterator[dict[str, Any]]:
@@ -84,23 +85,28 @@ def shown_rows(records: Iterable[dict[str, Any]], shown: Any) -> Iterator[dict[s
         shown.update()
 
 
-def write_whole(output: Path, records: Iterable[dict[str, Any]]) -> None:
+def write_whole(output: Path, records: Iterable[dict[str, Any]]) -> int:
     """Writes JSON lines to a temporary file and renames it, so that a failure leaves no half-written result.
 
     What is no regular file, such as a pipe or ``/dev/stdout``, cannot be replaced and is written as it is.
+    Returns the number of lines.
     """
-    output = output.resolve()  # a link stays a link
+    rows = 0
     whole = output.is_file() or not output.exists()
+    if whole:
+        output = output.resolve()  # a link stays a link
     target = output.with_name(f".{output.name}.tmp-{os.getpid()}") if whole else output
     try:
         with target.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
             for record in records:
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                rows += 1
         if whole:
             target.replace(output)
     finally:
         if whole:
             target.unlink(missing_ok=True)
+    return rows
 
 
 def input_blocks(

@@ -41,11 +41,13 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
         kind = next((k for k in get_args(hint) if k is not types.NoneType), hint) if get_args(hint) else hint
         flag = "--" + item.name.replace("_", "-")
         limits = item.metadata
-        options: dict[str, Any] = {"default": None, "help": limits["help"]}
+        text = limits["help"]
         if item.default is not None:
-            options["show_default"] = str(item.default).lower() if kind is bool else str(item.default or 0)
+            shown = str(item.default).lower() if kind is bool else item.default
+            text += f"  [default: {'none' if shown == () else shown}]"
+        options: dict[str, Any] = {"default": None, "show_default": False, "help": text}
         if item.name == "dense_widths":
-            options |= {"type": Widths(), "show_default": "none"}
+            options["type"] = Widths()
         elif kind is bool:
             flag = f"{flag}/--no-{flag[2:]}"
         elif "choices" in limits:
