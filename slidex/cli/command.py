@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import sys
 import threading
@@ -62,10 +61,10 @@ class MainGroup(Group):
             _leave(ctx, "Interrupted.", EXIT_SIGINT)
         except _Terminated:
             _leave(ctx, "Terminated.", EXIT_SIGTERM)
-        except BrokenPipeError:  # the reader of our output went away, as `| head` does
-            with contextlib.suppress(OSError, ValueError):  # else Python complains when it flushes at exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(EXIT_FAILURE)
+        except (
+            BrokenPipeError
+        ):  # the reader of our output went away, as `| head` does: click ends in silence, with 1
+            raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
             _leave(ctx, f"Error: {place}{error.strerror or error}.", EXIT_FAILURE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import lzma
@@ -28,6 +29,7 @@ TOPICS = {"fruit": "apple pear plum cherry", "metal": "iron zinc tin lead", "sky
 TRAIN_SMALL = (
     *("--hidden-width", "32", "--batch-size", "64", "--learning-rate", "0.02", "--precision", "float32"),
     *("--epochs", "30", "--checkpoint-every", "1000", "--valid-every", "100", "--report-every", "50"),
+    *("--threads", "1"),
 )
 SMALL_INDEX = ("--mode", "shared", "--pool-size", "100", "--index-bits", "3", "--index-tables", "8")
 
@@ -66,7 +68,11 @@ def start() -> Iterator[Start]:
     yield begin
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
 
 
 @pytest.fixture(autouse=True)

@@ -121,9 +121,11 @@ def test_training_logs_to_standard_error_without_escape_codes(invoke, easy_data,
 
 def test_resume_takes_the_settings_of_the_run(invoke, easy_data, tmp_path):
     out = tmp_path / "run"
-    invoke("train", easy_data.path, "--out", out, "--preset", "demo", "--batch-size", 100, "--max-steps", 3)
-    invoke("train", easy_data.path, "--out", out, "--preset", "demo", "--max-steps", 5, "--resume")
-    assert list_checkpoints(out / "checkpoints")[-1].step == 5
+    words = ("train", easy_data.path, "--out", out, "--preset", "demo", "--batch-size", 100, "--max-steps")
+    invoke(*words, 3)
+    invoke(*words, 5, "--resume")  # the same line
+    invoke("train", easy_data.path, "--out", out, "--max-steps", 7, "--resume")
+    assert list_checkpoints(out / "checkpoints")[-1].step == 7
     result = invoke("train", easy_data.path, "--out", out, "--resume", "--batch-size", 50, code=1)
     assert "cannot be resumed with batch_size = 50; the run has 100" in result.stderr
     result = invoke("train", easy_data.path, "--out", tmp_path / "no run", "--resume", code=1)
@@ -311,6 +313,7 @@ def test_output_through_a_link_and_to_what_is_no_file(invoke, files, trained):
         ("test.jsonl --text-field words", None, 3, "test.jsonl:1: expected a field 'words'"),
         ("test.jsonl --k 0", None, 2, "0 is not in the range x>=1"),
         ("- --k 2", b"fine\nbad \xff\n", 3, "<stdin>:2:5: expected UTF-8"),
+        ("- --k 2", b"fine\n" + 200_000 * b"x" + b"\xff", 3, "<stdin>:2:200001: expected UTF-8"),
         ("test.jsonl --output no/such/folder", None, 1, "No such file or directory"),
         ("test.jsonl --output src", None, 2, "'src' is a directory"),
         ("test.txt", None, 3, "test.txt:1: expected 12 features as the model has, found 320"),
