@@ -63,7 +63,7 @@ class MainGroup(Group):
             _leave(ctx, "Terminated.", EXIT_SIGTERM)
         except (
             BrokenPipeError
-        ):  # the reader of our output went away, as `| head` does: click ends in silence, with 1
+        ):  # the reader of our output went away, as `| head` does: click exits 1 in silence
             raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
