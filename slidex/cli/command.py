@@ -61,9 +61,7 @@ class MainGroup(Group):
             _leave(ctx, "Interrupted.", EXIT_SIGINT)
         except _Terminated:
             _leave(ctx, "Terminated.", EXIT_SIGTERM)
-        except (
-            BrokenPipeError
-        ):  # the reader of our output went away, as `| head` does: click exits 1 in silence
+        except BrokenPipeError:  # our reader went away, as `| head` does: click exits 1 in silence
             raise
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
