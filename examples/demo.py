@@ -21,11 +21,11 @@ from slidex.metrics import MetricAccumulator
 from slidex.threads import set_threads
 
 LINES = [
-    "import numpy as",
     "from collections import",
     "class Stack:\n    def __init__(self):\n        self.items = []\n    def push(self, item):\n        self.items.",
+    "import unittest\n\nclass TestStack(unittest.",
     "with open(filename, 'rb') as",
-    "for i in range(len(values)):\n    total += values[",
+    "if not isinstance(name, str):\n    raise",
     "import os\nfor root, dirs, files in os.",
 ]
 
@@ -41,6 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     started = time.perf_counter()
     data, run = args.out / "data", args.out / "run"
+    args.out.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run, ignore_errors=True)
     slidex("prepare", "python-source", "--out", data, "--overwrite", *optional("--max-files", args.max_files))
     slidex("train", data, "--out", run, "--preset", "demo", *optional("--max-steps", args.max_steps))

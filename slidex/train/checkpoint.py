@@ -121,8 +121,8 @@ def list_checkpoints(directory: Path) -> list[Checkpoint]:
 def prune_checkpoints(directory: Path, keep_last: int, keep_step: int | None) -> None:
     """Removes all but the newest `keep_last` and the one taken at `keep_step`; also what a killed run left."""
     for checkpoint in list_checkpoints(directory)[:-keep_last]:
-        if checkpoint.step != keep_step:
-            shutil.rmtree(checkpoint.path)
+        if checkpoint.step != keep_step:  # invisible at once: a kill must not leave half of it under its name
+            checkpoint.path.rename(directory / f".tmp-pruned-{checkpoint.path.name}")
     for leftover in directory.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -188,6 +188,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 2,
         "learning_rate": 5e-3,
         "normalize": False,
+        "input_dropout": 0.1,
+        "hidden_dropout": 0.3,
+        "report_every": 500,
     },
 }
 """Settings by name, over the defaults: what docs/performance.md shows to be good for bag-of-words data in little time

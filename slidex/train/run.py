@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,6 @@ from slidex.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from slidex.data import Dataset
     from slidex.data.vectorizers import Vectorizer
@@ -55,12 +55,13 @@ class Run:
     meta: dict[str, Any]
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, dataset: Dataset) -> Run:
+    def create(cls, path: str | Path, config: TrainConfig, dataset: Dataset) -> Run:
         """Makes the directory: complete, or not at all.
 
         Raises:
             CheckpointError: if `path` exists and is not an empty directory.
         """
+        path = Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise CheckpointError(f"{path}: exists already. Give --resume to continue it, or another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +99,13 @@ class Run:
         return meta
 
     @classmethod
-    def open(cls, path: Path) -> Run:
+    def open(cls, path: str | Path) -> Run:
         """Reads ``run.json``.
 
         Raises:
             CheckpointError: if `path` is no run directory, of another format version, or a file of it was altered.
         """
+        path = Path(path)
         file = path / "run.json"
         try:
             meta = json.loads(file.read_text(encoding="utf-8"))
@@ -135,7 +137,11 @@ class Run:
 
     def class_counts(self) -> np.ndarray:
         """Training frequency of every class: int64 (C,)."""
-        return np.load(self.path / "names" / "class_counts.npy", allow_pickle=False)
+        file = self.path / "names" / "class_counts.npy"
+        try:
+            return np.load(file, allow_pickle=False)
+        except ValueError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}.") from error
 
     def label_names(self) -> Sequence[str] | None:
         """Name of every class, or None if the data set had none."""
