@@ -9,6 +9,8 @@ saving, 130 and 143 stopped by Ctrl-C and SIGTERM without saving.
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from slidex import __version__
@@ -41,6 +43,9 @@ def main() -> None:
     or settings, 3 bad data, 4 diverged, 75 stopped by a signal after saving, 130 and 143 stopped by Ctrl-C and
     SIGTERM with nothing to save.
     """
+    # GNU OpenMP threads wait for work by spinning. torch and Numba have a pool each, and where another program wants
+    # the cores too, spinning threads keep working ones from running: training was three times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 for command in (prepare, train, evaluate, predict, inspect, doctor):

@@ -198,6 +198,8 @@ class Dataset:
                 f"expected offsets from 0 to {nnz}, found {indptr[0]} to {indptr[-1]}",
                 path=self.path / split / f"{side}_indptr.npy",
             )
+        if (indptr[1:] < indptr[:-1]).any():
+            raise DataError("expected offsets that never fall", path=self.path / split / f"{side}_indptr.npy")
         return CsrArrays(indptr, indices, values, columns)
 
     def label_names(self) -> NameList | None:
@@ -217,11 +219,21 @@ class Dataset:
         return names
 
     def class_counts(self) -> np.ndarray:
-        """How many training samples carry each class: int64 (C,)."""
+        """How many training samples carry each class: int64 (C,).
+
+        Raises:
+            DataError: A class id is out of range: the file was altered.
+        """
         labels = self.split("train").y.indices
         counts = np.zeros(self.num_classes, dtype=np.int64)
         for i in range(0, len(labels), _CHUNK):
-            counts += np.bincount(labels[i : i + _CHUNK], minlength=self.num_classes)
+            block = labels[i : i + _CHUNK]
+            if block.min() < 0 or block.max() >= self.num_classes:
+                raise DataError(
+                    f"expected class ids below {self.num_classes}, found {block.min()} to {block.max()}",
+                    path=self.path / "train" / "y_indices.npy",
+                )
+            counts += np.bincount(block, minlength=self.num_classes)
         return counts
 
 

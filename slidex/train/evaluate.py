@@ -51,7 +51,8 @@ def evaluate(
                 f"has {found:,} {name}; the run {run.path} was trained on {trained:,}.", path=dataset.path
             )
     rows = dataset.split(split)
-    model = run.model(indexed=indexed)
+    checkpoint = run.checkpoint()
+    model = run.model(checkpoint, indexed=indexed)
     metrics = MetricAccumulator(run.class_counts(), run.meta["train_rows"], ks=tuple(ks))
     started = time.perf_counter()
     done = 0
@@ -65,7 +66,7 @@ def evaluate(
         "split": split,
         "scoring": "index" if indexed else "exact",
         "rows": rows.num_rows,
-        "step": run.checkpoint().step,
+        "step": checkpoint.step,
         "microseconds_per_row": 1e6 * seconds / max(1, rows.num_rows),
         **metrics.compute(),
     }

@@ -64,7 +64,12 @@ RESUME_MAY_CHANGE = {
 
 
 def fit(
-    dataset: Dataset, out: str | Path, config: TrainConfig, *, resume: bool = False, notify: Notify | None = None
+    dataset: Dataset,
+    out: str | Path,
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    notify: Notify | None = None,
 ) -> Run:
     """Trains a model and leaves it in a run directory.
 

@@ -199,10 +199,11 @@ class Run:
         chosen.verify()
         return chosen
 
-    def model(self, *, indexed: bool = False) -> Classifier:
-        """The trained model with the weights of `checkpoint`.
+    def model(self, checkpoint: Checkpoint | None = None, *, indexed: bool = False) -> Classifier:
+        """The trained model.
 
         Args:
+            checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
             indexed: Also build the index over these weights. The one in the checkpoint is older than they are: it
                 is there so that a resumed run takes the very steps an unbroken one would.
 
@@ -210,7 +211,7 @@ class Run:
             CheckpointError: as `checkpoint`, or if the weights do not fit ``run.json``.
             ConfigError: if `indexed` is asked of a model that was trained without an index.
         """
-        checkpoint = self.checkpoint()
+        checkpoint = checkpoint or self.checkpoint()
         model = Classifier.from_config(
             self.config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
         )

@@ -258,3 +258,26 @@ def test_row_split_streams_and_follows_fractions_and_seed():
     for fractions in ((-0.1, 0.0), (0.0, 1.0), (0.6, 0.5), (float("nan"), 0.0)):
         with pytest.raises(ConfigError):
             split_of_rows(0, 1, 7, fractions)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("y_indices", 2**30, "expected class ids below"),
+        ("y_indices", -1, "expected class ids below"),
+        ("x_indptr", 2**40, "expected offsets that never fall"),
+    ],
+)
+def test_an_altered_array_is_found_before_a_kernel_reads_it(tmp_path, name, value, message):
+    x = CsrArrays(np.array([0, 1, 2, 3]), np.array([0, 1, 2], np.int32), None, 3)
+    with DatasetWriter(tmp_path / "data") as writer:
+        writer.append("train", x, x)
+        data = writer.finish(
+            num_features=3, num_classes=3, source={"format": "t", "files": [], "options": {}}
+        )
+    file = data.path / "train" / f"{name}.npy"
+    array = np.load(file)
+    array[1] = value
+    np.save(file, array)
+    with pytest.raises(DataError, match=message):
+        Dataset.open(data.path).class_counts()
