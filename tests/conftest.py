@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from slidex.data import CsrArrays, Dataset, DatasetWriter
-
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def checkerboard(rows: int, classes: int, seed: int, labels_per_row: int = 1) -> tuple[CsrArrays, CsrArrays]:
