@@ -58,7 +58,7 @@ def measure(name: str, num_classes: int, width: int, batch: int, settings: dict[
     index.build(weight_CD, bias_C)
     query = best_seconds(lambda: index.query(hidden_ND, 512), 5) / batch
     pool = best_seconds(lambda: index.pool(hidden_ND, 16_384), 5) / batch
-    recall = recall_at_k(index.query(hidden_ND, 512), exact_topk(hidden_ND, weight_CD, bias_C, 64))
+    recall = recall_at_k(index.query(hidden_ND, 512), exact_topk(hidden_ND, weight_CD, bias_C, 64)[1])
     bits = getattr(getattr(index, "family", None), "bits", "-")
     return [
         f"{num_classes}",

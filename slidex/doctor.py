@@ -101,9 +101,9 @@ def plan(
     hidden_width: int,
     batch_size: int,
     *,
-    pool_size: int = 8192,
+    pool_size: int = 4096,
     active: int = 512,
-    num_tables: int = 40,
+    num_tables: int = 50,
     native_bf16: bool = False,
     available_bytes: int | None = None,
 ) -> Plan:

@@ -32,8 +32,8 @@ _CHUNK_SCORES = 1 << 22
 
 def exact_topk(
     hidden_ND: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, k: int
-) -> torch.Tensor:
-    """Ids of the k largest ``h·w_c + b_c`` of each row, in float32 or better.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest ``h·w_c + b_c`` of each row, in float32 or better; never holds an (N, C) matrix.
 
     Args:
         hidden_ND: floating (N, D).
@@ -42,9 +42,10 @@ def exact_topk(
         k: Candidates per row, at least 1.
 
     Returns:
-        int64 (N, k), best first, -1 beyond C.
+        Scores (N, k) and class ids int64 (N, k), best first; -inf and -1 beyond C.
     """
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    best_scores = hidden_ND.new_full((hidden_ND.shape[0], k), -torch.inf, dtype=dtype)
     num_rows, num_classes = hidden_ND.shape[0], weight_CD.shape[0]
     out = hidden_ND.new_full((num_rows, k), -1, dtype=torch.int64)
     keep = min(k, num_classes)
@@ -63,8 +64,9 @@ def exact_topk(
                 min(keep, best.shape[1] + values.shape[1]), dim=1
             )
             best_ids = torch.cat([best_ids, ids + first], dim=1).gather(1, order)
+        best_scores[row : row + row_step, :keep] = best
         out[row : row + row_step, :keep] = best_ids
-    return out
+    return best_scores, out
 
 
 def recall_at_k(index_ids_NK: torch.Tensor, exact_ids_NK: torch.Tensor) -> float:
@@ -136,7 +138,7 @@ class ExactIndex:
         weight_CD, bias_C = self._built("query")
         check_hidden("ExactIndex.query", hidden_ND, self.in_features)
         check_integer("k", "ExactIndex.query", k, 1)
-        return exact_topk(hidden_ND.detach(), weight_CD, bias_C, k)
+        return exact_topk(hidden_ND.detach(), weight_CD, bias_C, k)[1]
 
     def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """The `budget` classes with the largest score over the rows; see `CandidateIndex.pool`."""

@@ -51,7 +51,7 @@ class Classifier:
         """A model with initial weights.
 
         Args:
-            config: With `mode` and `precision` other than ``auto``.
+            config: With `mode`, `precision` and `correction` other than ``auto``.
             num_features: F.
             num_classes: C.
             class_counts: int64 (C,), training frequency of every class.

@@ -22,6 +22,7 @@ from torch import nn
 from slidex.errors import ConfigError
 from slidex.kernels import AdamStep, RowState
 from slidex.kernels import cpu as kernels
+from slidex.lsh import exact_topk
 from slidex.nn.candidates import label_weights
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 MODES = ("exact", "shared", "per_sample")
 LOSSES = ("softmax", "logistic")
 PRECISIONS = ("float32", "bfloat16")
-SCORE_CHUNK = 1 << 22
-"""Scores held at once by exact top-k: 16 MB, so that the top-k pass still finds them in cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,27 +193,12 @@ class SampledHead(nn.Module):
             Scores float32 (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer classes.
         """
         if candidates_NA is None:
-            scores, ids = self._exact_topk(hidden_ND, min(k, self.num_classes))
-        else:
-            logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, candidates_NA)
-            scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
-            ids = candidates_NA.gather(1, slots)
+            return exact_topk(hidden_ND, self.weight, self.bias, k)
+        logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, candidates_NA)
+        scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
+        ids = candidates_NA.gather(1, slots)
         missing = k - ids.shape[1]
         return (
             nn.functional.pad(scores, (0, missing), value=-math.inf),
             nn.functional.pad(ids, (0, missing), value=-1),
         )
-
-    def _exact_topk(self, hidden_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        num_rows = hidden_ND.shape[0]
-        scores = torch.empty(num_rows, 0)
-        ids = torch.empty(num_rows, 0, dtype=torch.int64)
-        chunk = max(1024, SCORE_CHUNK // max(1, num_rows))
-        for start in range(0, self.num_classes, chunk):
-            block = slice(start, start + chunk)
-            block_scores = torch.addmm(self.bias[block], hidden_ND, self.weight[block].T)
-            top, place = block_scores.topk(min(k, block_scores.shape[1]))
-            scores, ids = torch.cat([scores, top], 1), torch.cat([ids, place + start], 1)
-            scores, place = scores.topk(min(k, scores.shape[1]))
-            ids = ids.gather(1, place)
-        return scores, ids

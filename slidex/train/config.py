@@ -62,10 +62,11 @@ class TrainConfig:
         0.0, "Random classes are drawn by training frequency to this power; 0 is uniform.", low=0.0, high=1.0
     )
     correction: str = _setting(
-        "stratified",
-        "Weights of sampled classes in the softmax: all 1 (none), or random classes standing for those not drawn "
-        "(stratified), or all by inverse inclusion probability (logq).",
-        choices=("none", "logq", "stratified"),
+        "auto",
+        "Weights of sampled classes in the softmax: all 1 (none), random classes standing for those not drawn "
+        "(stratified), or all by inverse inclusion probability (logq); auto is none for the index's candidates in "
+        "per_sample mode, else stratified.",
+        choices=("auto", "none", "logq", "stratified"),
     )
     precision: str = _setting(
         "auto",

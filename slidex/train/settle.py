@@ -38,6 +38,9 @@ def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             native_bf16=config.precision == "bfloat16",
         )
         config = replace(config, mode=chosen.mode)
+    if config.correction == "auto":  # docs/performance.md has the measurements behind it
+        plain = config.mode == "per_sample" and config.index != "none"
+        config = replace(config, correction="none" if plain else "stratified")
     return config
 
 
