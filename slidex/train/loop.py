@@ -129,6 +129,7 @@ class Trainer:
         self.seen_C1 = np.zeros(dataset.num_classes + 1, dtype=bool)  # one more: padding, -1, lands there
         self.interval = Interval()
         self._probe_seconds = 0.0
+        self._kept_order = -1, self.rows
 
     def fit(self, run: Run, *, resume: bool) -> Run:
         """Trains to the end, writing into `run`; see `fit`."""
@@ -207,10 +208,11 @@ class Trainer:
                 yield batch
 
     def _order(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_order_epoch", None) != epoch:
-            self._order_rows = counter_rng(self.config.seed, STREAM_ORDER, epoch).permutation(self.rows)
-            self._order_epoch = epoch
-        return self._order_rows
+        """Order of the training rows in an epoch; the one asked for last is kept."""
+        if self._kept_order[0] != epoch:
+            order = counter_rng(self.config.seed, STREAM_ORDER, epoch).permutation(self.rows)
+            self._kept_order = epoch, order
+        return self._kept_order[1]
 
     def _train_step(self, x: CsrArrays, y: CsrArrays) -> None:
         """One step; `self.step` counts steps taken, so the step at hand has the next number."""
@@ -290,7 +292,8 @@ class Trainer:
     def _probe_recall(self) -> float | None:
         """Share of a few rows' exact top 10 that the index proposes for them as it does in training."""
         index, head = self.model.index, self.model.head
-        if index is None or head.selector is None or self._probe_seconds > PROBE_SHARE * self.seconds:
+        budget = head.selector.retrieved if head.selector is not None else 0
+        if index is None or budget == 0 or self._probe_seconds > PROBE_SHARE * self.seconds:
             return None
         started = time.perf_counter()
         rng = counter_rng(self.config.seed, STREAM_PROBE, 0)
@@ -300,10 +303,10 @@ class Trainer:
             hidden_ND = self.model.encoder(self.train_split.x.take(chosen))
             _, exact_NK = head.topk(hidden_ND, PROBE_K)
         if head.mode == "shared":
-            pool = index.pool(hidden_ND, head.selector.retrieved)
+            pool = index.pool(hidden_ND, budget)
             recall = float(torch.isin(exact_NK, pool)[exact_NK >= 0].float().mean())
         else:
-            recall = recall_at_k(index.query(hidden_ND, head.selector.retrieved), exact_NK)
+            recall = recall_at_k(index.query(hidden_ND, budget), exact_NK)
         self._probe_seconds += time.perf_counter() - started
         return recall
 

@@ -92,6 +92,12 @@ def test_stopped_and_resumed_equals_unbroken(easy_data, tmp_path, mode, extra):
         assert torch.equal(tensor, got[name]), name
 
 
+@pytest.mark.parametrize("mode", ["shared", "per_sample"])
+def test_an_index_that_is_asked_for_nothing_does_no_harm(easy_data, tmp_path, mode):
+    run = slidex.fit(easy_data, tmp_path / "run", config(mode=mode, random_share=1.0, max_steps=10))
+    assert next(e for e in run.log() if e["event"] == "report")["index_recall"] is None
+
+
 def test_two_runs_with_one_seed_are_equal_and_another_seed_is_not(easy_data, tmp_path):
     runs = [
         slidex.fit(easy_data, tmp_path / str(i), config(mode="shared", seed=s, max_steps=15))
