@@ -122,7 +122,7 @@ class MetricAccumulator:
         b: Propensity offset.
         shares: Bounds of head and torso, see `class_groups`.
         count_unlabelled: Rows without any true class count as 0 in the means of P, nDCG and recall, which is
-            the repository's convention (napkinXC and xclib do so); False leaves them out. PSP and PSnDCG are
+            the repository's convention (napkinXC does so); False leaves them out. PSP and PSnDCG are
             the same either way.
 
     Raises:
