@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slidex.data import Dataset
 
 SETTINGS = {
-    "mode": "shared", "pool_size": 40, "index_bits": 4, "index_tables": 4, "hidden_width": 16, "batch_size": 64,
+    "mode": "shared", "pool_size": 40, "index_options": {"bits": 4, "tables": 4}, "hidden_width": 16, "batch_size": 64,
     "epochs": 100, "max_steps": 400, "lr_schedule": "constant", "seed": 3, "threads": 1, "valid_every": 1000,
     "checkpoint_every": 1, "keep_last": 3,
 }  # fmt: skip

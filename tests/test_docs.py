@@ -17,7 +17,7 @@ import subprocess
 import types
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import click
 import pytest
@@ -175,7 +175,8 @@ def settings_table() -> str:
     hints = get_type_hints(TrainConfig)
     rows = ["| setting | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for item in dataclasses.fields(TrainConfig):
-        default = {None: "not set", (): "none", True: "true", False: "false"}.get(item.default, item.default)
+        names = {None: "not set", (): "none", True: "true", False: "false", dataclasses.MISSING: "none"}
+        default = names.get(item.default, item.default)
         help_text = item.metadata["help"].replace("|", "\\|")
         rows.append(
             f"| `{item.name}` | {default} | {allowed(hints[item.name], item.metadata)} | {help_text} |"
@@ -187,6 +188,8 @@ def allowed(hint: Any, limits: Any) -> str:
     """The type and range of a setting, in words."""
     if "choices" in limits:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
+    if get_origin(hint) is dict:
+        return "names and values"
     kinds = {kind for kind in (get_args(hint) or (hint,)) if kind not in (types.NoneType, ...)}
     words = {bool: "true or false", int: "whole number", float: "number"}[kinds.pop()]
     low, high, below = (limits.get(name) for name in ("low", "high", "below"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 import click
 
 from slidex.cli.command import Command, echo_json
-from slidex.train.config import PRESETS, TrainConfig, preset_settings, read_toml
+from slidex.train.config import PRESETS, TrainConfig, merge_settings, preset_settings, read_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,27 @@ class Widths(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers such as 512,128.", param, ctx)
 
 
+class IndexOption(click.ParamType):
+    """A name and a number, true or false, or else text."""
+
+    name = "NAME=VALUE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int | float | bool | str]:
+        """``bits=9`` to ``("bits", 9)``."""
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            self.fail(f"{value!r} is not a setting such as tables=20.", param, ctx)
+        try:
+            parsed = json.loads(text)
+        except ValueError:
+            parsed = text
+        return name.replace("-", "_"), parsed if isinstance(parsed, bool | int | float | str) else text
+
+
 def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds an option for every field of `TrainConfig`; one that is not given is None."""
     hints = get_type_hints(TrainConfig)
@@ -42,12 +64,15 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
         flag = "--" + item.name.replace("_", "-")
         limits = item.metadata
         text = limits["help"]
-        if item.default is not None:
+        if item.default not in {None, dataclasses.MISSING}:
             shown = str(item.default).lower() if kind is bool else item.default
             text += f"  [default: {'none' if shown == () else shown}]"
         options: dict[str, Any] = {"default": None, "show_default": False, "help": text}
         if item.name == "dense_widths":
             options["type"] = Widths()
+        elif item.name == "index_options":
+            flag = "--index-option"
+            options |= {"type": IndexOption(), "multiple": True, "callback": _as_table}
         elif kind is bool:
             flag = f"{flag}/--no-{flag[2:]}"
         elif "choices" in limits:
@@ -56,6 +81,12 @@ def config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             options["type"] = kind
         command = click.option(flag, item.name, **options)(command)
     return command
+
+
+def _as_table(
+    _ctx: click.Context, _param: click.Parameter, pairs: tuple[tuple[str, Any], ...]
+) -> dict[str, Any] | None:
+    return dict(pairs) or None
 
 
 @click.command(
@@ -91,13 +122,13 @@ def train(
     defaults. Ctrl-C and SIGTERM save the state first; continue with --resume.
     """
     settings = read_toml(config) if config else {}
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings = merge_settings(settings, {name: value for name, value in given.items() if value is not None})
     if preset:
-        settings = preset_settings(preset) | settings
+        settings = merge_settings(preset_settings(preset), settings)
     if resume:
         from slidex.train.run import Run  # noqa: PLC0415
 
-        settings = Run.open(out).meta["config"] | settings
+        settings = merge_settings(Run.open(out).meta["config"], settings)
     chosen = TrainConfig.from_mapping(settings)
     if print_config:
         echo_json(chosen.to_mapping(), indent=1)

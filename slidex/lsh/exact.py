@@ -16,9 +16,11 @@ import torch
 from slidex.errors import ConfigError
 from slidex.lsh.index import (
     IndexStats,
+    QuerySample,
     check_class_ids,
     check_hidden,
     check_integer,
+    check_queries,
     check_weights,
     register_index,
 )
@@ -96,6 +98,8 @@ class ExactIndex:
     Ties in score fall as `torch.topk` leaves them; ``step`` and ``seed`` change nothing.
     """
 
+    uses_queries = False
+
     def __init__(self, in_features: int, num_classes: int, *, seed: int) -> None:
         del seed
         self.in_features = in_features
@@ -103,10 +107,17 @@ class ExactIndex:
         self._weights: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._stats = IndexStats()
 
-    def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:
+    def build(
+        self,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None = None,
+        *,
+        queries: QuerySample | None = None,
+    ) -> None:
         """Remember the weights by reference; see `CandidateIndex.build`."""
         started = time.perf_counter()
         check_weights("ExactIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
+        check_queries("ExactIndex.build", queries, self.num_classes, self.in_features)
         self._weights = (weight_CD.detach(), None if bias_C is None else bias_C.detach())
         self._stats = IndexStats(
             built=True,

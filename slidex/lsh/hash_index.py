@@ -17,9 +17,11 @@ import torch
 from slidex.errors import ConfigError
 from slidex.lsh.index import (
     IndexStats,
+    QuerySample,
     check_class_ids,
     check_hidden,
     check_integer,
+    check_queries,
     check_weights,
     register_index,
 )
@@ -39,12 +41,15 @@ class HashFamily(Protocol):
     bits: int
     tables: int
     probes: int
+    uses_queries: bool
 
     @property
     def code_dtype(self) -> np.dtype: ...  # noqa: D102
     @property
     def bytes(self) -> int: ...  # noqa: D102
-    def fit(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None: ...  # noqa: D102
+    def fit(  # noqa: D102
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, queries: QuerySample | None
+    ) -> None: ...
     def parameters(self) -> dict[str, torch.Tensor]: ...  # noqa: D102
     def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None: ...  # noqa: D102
     def hash_rows(  # noqa: D102
@@ -99,16 +104,24 @@ class HashIndex:
             "min_votes": min_votes,
             "max_bucket": num_classes if max_bucket is None else max_bucket,
         }
+        self.uses_queries = family.uses_queries
         self._built = False
         self._builds = self._updates = self._rows_rehashed = 0
         self._build_seconds = self._update_seconds = 0.0
 
-    def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:
+    def build(
+        self,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None = None,
+        *,
+        queries: QuerySample | None = None,
+    ) -> None:
         """Fit the family, hash every row, fill the tables; see `CandidateIndex.build`."""
         started = time.perf_counter()
         check_weights("HashIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
+        check_queries("HashIndex.build", queries, self.num_classes, self.in_features)
         self._built = False  # a build that fails leaves nothing to be queried
-        self.family.fit(weight_CD, bias_C)
+        self.family.fit(weight_CD, bias_C, queries)
         self.tables.build(self.family.hash_rows(weight_CD, bias_C))
         self._built = True
         self._builds += 1

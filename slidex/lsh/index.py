@@ -39,6 +39,21 @@ class IndexStats:
     updates: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class QuerySample:
+    """Hidden vectors of training rows with their true classes, for indexes that learn where queries lie.
+
+    Args:
+        hidden_ND: float32 (N, D).
+        label_indptr: int64 (N + 1,), row n's true classes are ``label_ids[label_indptr[n]:label_indptr[n + 1]]``.
+        label_ids: int64 (P_total,).
+    """
+
+    hidden_ND: torch.Tensor
+    label_indptr: torch.Tensor
+    label_ids: torch.Tensor
+
+
 class CandidateIndex(Protocol):
     """Proposes classes whose weight rows have a large inner product with a hidden vector.
 
@@ -49,13 +64,23 @@ class CandidateIndex(Protocol):
 
     in_features: int
     num_classes: int
+    uses_queries: bool
+    """Whether `build` makes use of its `queries`; where False, callers need not gather them."""
 
-    def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None = None) -> None:
-        """Index all rows, forgetting whatever was there.
+    def build(
+        self,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None = None,
+        *,
+        queries: QuerySample | None = None,
+    ) -> None:
+        """Index all rows, forgetting whatever was there but what was learned from earlier `queries`.
 
         Args:
             weight_CD: floating (C, D), one row per class.
             bias_C: floating (C,), or None for no bias.
+            queries: Recent hidden vectors to learn from. None keeps what was learned before; an index that has
+                learned nothing yet then works as it does without learning.
         """
         ...
 
@@ -223,6 +248,26 @@ def check_weights(
     _check_shape("weight_CD", caller, weight_CD, (num_classes, in_features))
     if bias_C is not None:
         _check_shape("bias_C", caller, bias_C, (num_classes,))
+
+
+def check_queries(caller: str, queries: QuerySample | None, num_classes: int, in_features: int) -> None:
+    """Raise ConfigError unless `queries` is None or a sample that fits this index."""
+    if queries is None:
+        return
+    check_hidden(caller, queries.hidden_ND, in_features)
+    check_class_ids("queries.label_ids", caller, queries.label_ids, num_classes)
+    indptr, rows = queries.label_indptr, len(queries.hidden_ND)
+    fits = indptr.dtype == torch.int64 and indptr.shape == (rows + 1,)
+    if (
+        not fits
+        or int(indptr[0]) != 0
+        or int(indptr[-1]) != len(queries.label_ids)
+        or bool((indptr.diff() < 0).any())
+    ):
+        raise ConfigError(
+            f"The 'queries.label_indptr' parameter of {caller} must be int64 ({rows + 1},), ascending from 0 to "
+            f"{len(queries.label_ids)}. Got {tuple(indptr.shape)} of {indptr.dtype} instead."
+        )
 
 
 def check_hidden(caller: str, hidden_ND: torch.Tensor, in_features: int) -> None:

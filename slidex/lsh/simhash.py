@@ -33,6 +33,8 @@ from slidex.lsh.index import check_integer
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from slidex.lsh.index import QuerySample
+
 MAX_BITS = 24
 _ROW_LEVELS = 255
 _EXACT_LIMIT = 1 << 24
@@ -58,6 +60,8 @@ class SimHash:
             row norm at the last `fit`, so that the angle ranks as the inner product does. Rows that outgrow M
             later get 0 until the next fit.
     """
+
+    uses_queries = False
 
     def __init__(
         self,
@@ -97,12 +101,15 @@ class SimHash:
         """Memory of the projections."""
         return self._projection_BE.nbytes
 
-    def fit(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+    def fit(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, queries: QuerySample | None = None
+    ) -> None:
         """Set what the hash functions take from the data: the mean row and the largest norm.
 
         Raises:
             DivergedError: A row's norm is not finite.
         """
+        del queries
         self._mean_E = torch.zeros(self._in_features + 1)
         if self._center:
             self._largest_norm(weight_CD, bias_C)  # names the row that would spoil the mean

@@ -125,12 +125,4 @@ def make_config_index(config: TrainConfig, in_features: int, num_classes: int) -
     """The index that the settings ask for, not built yet."""
     if config.mode == "exact" or config.index == "none":
         return None
-    settings = {
-        "bits": config.index_bits,
-        "tables": config.index_tables,
-        "probes": config.index_probes,
-        "center": config.index_center,
-        "norm_augmentation": config.index_norm_augmentation,
-    }
-    given = {name: value for name, value in settings.items() if value is not None}
-    return make_index(config.index, in_features, num_classes, seed=config.seed + 2, **given)
+    return make_index(config.index, in_features, num_classes, seed=config.seed + 2, **config.index_options)

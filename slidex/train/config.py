@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import tomllib
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from slidex.errors import ConfigError
 
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 def _setting(default: Any, text: str, **limits: Any) -> Any:
     """A field with its help text and its limits: `low`, `high` (inclusive), `below` (exclusive) or `choices`."""
     return field(default=default, metadata={"help": text, **limits})
+
+
+INDEXES = ("simhash", "exact", "none")
+"""What `TrainConfig.index` may be: the names that `slidex.lsh.index_names` gives, and none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,16 +80,16 @@ class TrainConfig:
 
     # Index over the classes
     index: str = _setting(
-        "simhash", "Index that proposes classes; none leaves only random ones.", choices=("simhash", "none")
+        "simhash", "Index that proposes classes; none leaves only random ones.", choices=INDEXES
     )
-    index_bits: int | None = _setting(
-        None, "Hash bits per table; default: by the number of classes.", low=1, high=24
+    index_options: dict[str, int | float | bool | str] = field(
+        default_factory=dict,
+        metadata={"help": "The index's own settings, as NAME=VALUE; docs/indexes.md has them."},
     )
-    index_tables: int | None = _setting(None, "Hash tables; default: the index's own.", low=1, high=1024)
-    index_probes: int = _setting(0, "Further buckets looked up in each table (multi-probe).", low=0, high=24)
-    index_center: bool = _setting(False, "Subtract the mean row before hashing.")
-    index_norm_augmentation: bool = _setting(
-        False, "Hash rows with a further dimension that makes their norms equal (Neyshabur and Srebro, 2015)."
+    index_sample: int = _setting(
+        8192,
+        "Training rows whose hidden vectors are given to the index at a rehash, if it learns from them.",
+        low=1,
     )
     rehash: str = _setting(
         "exponential",
@@ -150,7 +154,7 @@ class TrainConfig:
         Raises:
             ConfigError: for an unknown name or preset (with the nearest known one), or a bad value.
         """
-        merged = {**preset_settings(preset), **settings} if preset else dict(settings)
+        merged = merge_settings(preset_settings(preset), settings) if preset else dict(settings)
         known = [item.name for item in fields(cls)]
         for name in merged:
             if name not in known:
@@ -177,8 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,
-        "index_bits": 9,
-        "index_tables": 50,
+        "index_options": {"bits": 9, "tables": 50},
         "correction": "none",
         "learning_rate": 1e-3,
         "lr_schedule": "constant",
@@ -196,6 +199,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name, over the defaults: what docs/performance.md shows to be good for bag-of-words data in little time
 (`fast`) or in more (`accurate`); network and sampling as in the SLIDE paper (`slide`); `make demo`'s own (`demo`)."""
+
+
+def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `above` over those of `below`; the options of one and the same index are joined by name.
+
+    Raises:
+        ConfigError: if `index_options` is not a table.
+    """
+    merged = {**below, **above}
+    for settings in (below, above):
+        _check_options("index_options", settings.get("index_options", {}))
+    if above.get("index", below.get("index", INDEXES[0])) == below.get("index", INDEXES[0]):
+        merged["index_options"] = {**below.get("index_options", {}), **above.get("index_options", {})}
+    elif "index_options" not in above:
+        merged["index_options"] = {}
+    return merged
 
 
 def preset_settings(name: str) -> dict[str, Any]:
@@ -226,6 +245,9 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
     optional = value is None and type(None) in getattr(hint, "__args__", ())
     if optional:
         return
+    if get_origin(hint) is dict:
+        _check_options(name, value)
+        return
     items = value if hint == tuple[int, ...] and isinstance(value, tuple) else (value,)
     kind = next(
         kind for kind in (bool, int, float, str) if kind is hint or kind in getattr(hint, "__args__", ())
@@ -246,6 +268,16 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"The {name!r} setting must be {_in_words(kind, limits)}. Got {value!r} instead."
             )
+
+
+def _check_options(name: str, value: Any) -> None:
+    plain = isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(item, bool | int | float | str) for key, item in value.items()
+    )
+    if not plain:
+        raise ConfigError(
+            f"The {name!r} setting must be a table of names and plain values. Got {value!r} instead."
+        )
 
 
 def _in_words(kind: type, limits: Mapping[str, Any]) -> str:

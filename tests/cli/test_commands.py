@@ -32,14 +32,14 @@ def test_settings_precedence(invoke, tmp_path):
         'batch_size = 11\nepochs = 12\nlearning_rate = 0.5\nmode = "exact"\ndense_widths = [8, 4]\n'
     )
     env = {"SLIDEX_TRAIN_EPOCHS": "22", "SLIDEX_TRAIN_LEARNING_RATE": "0.25"}
-    words = ("--preset", "slide", "--config", toml, "--learning-rate", "0.125")
+    words = ("--preset", "slide", "--config", toml, "--learning-rate", "0.125", "--index-option", "tables=7")
     chosen = settings_of(invoke, *words, env=env)
     assert chosen["learning_rate"] == 0.125  # option
     assert chosen["epochs"] == 22  # environment
     assert chosen["batch_size"] == 11  # file
     assert chosen["mode"] == "exact"  # file over preset
     assert chosen["dense_widths"] == [8, 4]
-    assert chosen["index_tables"] == 50  # preset
+    assert chosen["index_options"] == {"bits": 9, "tables": 7}  # preset, option
     assert chosen["hidden_width"] == 128  # default
     assert settings_of(invoke, env={"SLIDEX_TRAIN_CONFIG": str(toml)})["epochs"] == 12
 
@@ -47,12 +47,19 @@ def test_settings_precedence(invoke, tmp_path):
 def test_every_setting_is_an_option(invoke):
     changed = {
         "hidden_width": 7, "dense_widths": [6, 5], "input_dropout": 0.5, "normalize": False, "mode": "per_sample",
-        "loss": "logistic", "index_bits": 4, "seed": 9, "patience": 3, "warmup": 0.25,
+        "loss": "logistic", "index_options": {"bits": 4, "center": True, "factory": "IVF16,Flat"},
+        "seed": 9, "patience": 3, "warmup": 0.25,
     }  # fmt: skip
     words = []
     for name, value in changed.items():
         flag = name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, dict):
+            words += [
+                word
+                for key, item in value.items()
+                for word in ("--index-option", f"{key}={json.dumps(item)}")
+            ]
+        elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else value]
@@ -69,6 +76,7 @@ def test_every_setting_is_an_option(invoke):
         (("--dense-widths", "8,x"), "'8,x' is not a list of whole numbers"),
         (("--preset", "slid"), "'slid' is not one of"),
         (("--epoch", "3"), "No such option '--epoch'"),
+        (("--index-option", "bits"), "'bits' is not a setting such as tables=20."),
         (("--config", "missing.toml"), "missing.toml: cannot be read"),
         (("--config", "."), "cannot be read"),
         (("--config", "broken.toml"), "broken.toml: is not valid TOML"),

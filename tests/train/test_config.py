@@ -51,8 +51,13 @@ def test_booleans_are_no_numbers():
 
 
 def test_settings_override_the_preset_and_round_trip():
-    config = TrainConfig.from_mapping({"index_bits": 7, "dense_widths": [64, 32]}, preset="slide")
-    assert (config.index_bits, config.active_size) == (7, PRESETS["slide"]["active_size"])
+    config = TrainConfig.from_mapping(
+        {"index_options": {"bits": 7}, "dense_widths": [64, 32]}, preset="slide"
+    )
+    assert (config.index_options, config.active_size) == (
+        {"bits": 7, "tables": 50},
+        PRESETS["slide"]["active_size"],
+    )
     assert config.dense_widths == (64, 32)
     assert TrainConfig.from_mapping(config.to_mapping()) == config
 

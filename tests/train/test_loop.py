@@ -22,8 +22,7 @@ SMALL = {
     "epochs": 4,
     "pool_size": 100,
     "active_size": 60,
-    "index_bits": 3,
-    "index_tables": 8,
+    "index_options": {"bits": 3, "tables": 8},
     "rehash_every": 7,
     "learning_rate": 0.02,
     "report_every": 10,
@@ -64,7 +63,9 @@ def test_every_mode_learns_the_easy_problem(easy_data, tmp_path, mode):
 
 
 def test_the_index_finds_what_exact_scoring_finds(easy_data, tmp_path):
-    run = slidex.fit(easy_data, tmp_path / "run", config(mode="shared", epochs=10, index_tables=32))
+    run = slidex.fit(
+        easy_data, tmp_path / "run", config(mode="shared", epochs=10, index_options={"bits": 3, "tables": 32})
+    )
     exact = slidex.evaluate(run, easy_data)
     indexed = slidex.evaluate(run, easy_data, indexed=True)
     assert indexed["scoring"] == "index"
