@@ -6,12 +6,11 @@ A classifier wants the largest inner product, not the smallest angle. Rows hashe
 [h, 1], so the bias takes part; `norm_augmentation` makes angle and inner product agree in order (Neyshabur &
 Srebro 2015).
 
-The projections are small odd integers drawn from a rounded Gaussian, and a vector is scaled to its largest
-entry and rounded to 8 bits and a sign before it is projected. Every product and every partial sum is then an
-integer that float32 holds exactly: a code does not depend on the shape of a matrix product, the number of
-threads, or the machine, so updating one row equals rebuilding all of them, and a fast bfloat16 product (10
-times faster where the processor has one) gives the very same bits. The rounding turns a vector by about 0.004
-radians.
+The projections are small odd integers, and a vector is scaled to its largest entry and rounded to 8 bits and
+a sign before it is projected. Every product and every partial sum is then an integer that float32 holds
+exactly: a code does not depend on the shape of a matrix product, the number of threads, or the machine, so
+updating one row equals rebuilding all of them, and a fast bfloat16 product (10 times faster where the
+processor has one) gives the very same bits. The rounding turns a vector by about 0.004 radians.
 
 Legend: N rows in a batch, C classes, D hidden width, E hashed width (D + 1 or D + 2), K bits, L tables, V
     codes
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.index import check_integer
+from slidex.lsh.index import check_integer, check_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from slidex.lsh.index import QuerySample
 
 MAX_BITS = 24
+PROJECTIONS = ("gaussian", "sparse")
 _ROW_LEVELS = 255
 _EXACT_LIMIT = 1 << 24
 _INFINITY_BITS = 0x7F800000
@@ -51,6 +51,12 @@ class SimHash:
         bits: K, 1 to 24.
         tables: L, at least 1.
         seed: Fixes the projections (Philox).
+        projection: ``"gaussian"``, or ``"sparse"``: random ±1 on a random share of the coordinates and nothing on
+            the others (Achlioptas 2003; Li et al. 2006; a third of them in SLIDE), for vectors of few large
+            entries. "Nothing" is ±1 against ±127 here, so that a vector that misses all chosen coordinates of
+            a hyperplane, as a one-hot row mostly does, still lies at random on one side of it. Above a width
+            of 30,000 exact sums leave too few levels, and sparse projections become dense ±1.
+        density: The share of coordinates chosen for a sparse projection, from 0 (one coordinate) to 1.
         probes: Further codes looked up per table and query, each with one bit flipped, nearest hyperplanes
             first (multi-probe, Lv et al. 2007); 0 to K.
         center: Subtract the mean row before hashing. ``h·(w_c - mean)`` differs from ``h·w_c`` by a constant
@@ -70,6 +76,8 @@ class SimHash:
         bits: int,
         tables: int,
         seed: int,
+        projection: str = "gaussian",
+        density: float = 1 / 3,
         probes: int = 0,
         center: bool = False,
         norm_augmentation: bool = False,
@@ -77,6 +85,12 @@ class SimHash:
         check_integer("bits", "simhash", bits, 1, MAX_BITS)
         check_integer("tables", "simhash", tables, 1)
         check_integer("probes", "simhash", probes, 0, bits)
+        check_number("density", "simhash", density, 0, 1)
+        if projection not in PROJECTIONS:
+            raise ConfigError(
+                f"The 'projection' parameter of simhash must be one of {', '.join(PROJECTIONS)}. "
+                f"Got {projection!r} instead."
+            )
         for name, value in (("center", center), ("norm_augmentation", norm_augmentation)):
             if not isinstance(value, bool):
                 raise ConfigError(
@@ -86,7 +100,8 @@ class SimHash:
         self._in_features = in_features
         self._center, self._norm_augmentation = center, norm_augmentation
         width = in_features + 1 + norm_augmentation
-        self._projection_BE = torch.from_numpy(_draw_projections(tables * bits, width, seed))
+        chosen = max(1, round(density * width)) if projection == "sparse" else None
+        self._projection_BE = torch.from_numpy(draw_projections(tables * bits, width, seed, chosen))
         self._row_dtype = torch.bfloat16 if _has_fast_bfloat16() else torch.float32
         self._mean_E = torch.zeros(in_features + 1)
         self._max_norm = torch.zeros(1)
@@ -217,14 +232,34 @@ class SimHash:
             yield first, extended
 
 
-def _draw_projections(count: int, width: int, seed: int) -> np.ndarray:
-    """float32 (count, width) of odd integers, Gaussian in shape, coarse enough for exact float32 sums."""
+def draw_projections(count: int, width: int, seed: int, chosen: int | None = None) -> np.ndarray:
+    """Odd integers, coarse enough for exact float32 sums: float32 (count, width).
+
+    Gaussian in shape; or, where `chosen` is given, large on that many random coordinates of each projection
+    and ±1 on the others.
+    """
     generator = np.random.Generator(np.random.Philox(key=[seed, _PROJECTION_STREAM]))
-    gaussian = generator.standard_normal((count, width), dtype=np.float32)
-    scale = 32.0
+    if chosen is None:
+        return round_projections(generator.standard_normal((count, width), dtype=np.float32), 32.0)
+    order = generator.random((count, width), dtype=np.float32)
+    size = np.where(order <= np.partition(order, chosen - 1, axis=1)[:, chosen - 1 : chosen], 1.0, 1e-9)
+    sign = np.where(generator.random((count, width), dtype=np.float32) < 0.5, -1, 1)
+    return round_projections((sign * size).astype(np.float32), 127.0)
+
+
+def round_projections(projection_BE: np.ndarray, scale: float) -> np.ndarray:
+    """`scale` times the projections as odd integers, at a smaller scale where sums would not be exact.
+
+    Args:
+        projection_BE: float32 (B, E).
+        scale: Positive.
+
+    Returns:
+        float32 (B, E) of odd integers from -127 to 127.
+    """
     while True:
         # Odd numbers have no zero, which would leave one-hot rows on neither side of a hyperplane.
-        odd = (2 * np.floor(gaussian * (scale / 2)) + 1).clip(-127, 127)
+        odd = (2 * np.floor(projection_BE * (scale / 2)) + 1).clip(-127, 127)
         if _ROW_LEVELS * float(np.abs(odd).sum(axis=1, dtype=np.float64).max()) < _EXACT_LIMIT:
             return odd
         scale /= 2

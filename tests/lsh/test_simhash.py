@@ -8,7 +8,7 @@ import torch
 
 from slidex.lsh import make_index
 from slidex.lsh.hash_index import automatic_bits
-from slidex.lsh.simhash import SimHash, _draw_projections
+from slidex.lsh.simhash import SimHash, draw_projections
 
 PAIRS = 100_000
 
@@ -99,7 +99,7 @@ def test_codes_are_the_signs_of_exact_integer_projections(bits: int) -> None:
     generator = torch.Generator().manual_seed(bits)
     weight, bias = torch.randn(200, 33, generator=generator), torch.randn(200, generator=generator)
     family = SimHash(33, bits=bits, tables=6, seed=9)
-    projections = _draw_projections(6 * bits, 34, 9).astype(np.int64)
+    projections = draw_projections(6 * bits, 34, 9).astype(np.int64)
     ones = torch.ones(200, 1)
     for extra, codes_NL in (
         (bias[:, None], family.hash_rows(weight, bias).T),
@@ -154,14 +154,35 @@ def test_probes_flip_the_bits_nearest_to_their_hyperplanes() -> None:
     hidden = torch.randn(50, 10, generator=torch.Generator().manual_seed(2))
     codes_NLV = SimHash(10, bits=6, tables=4, seed=3, probes=3).hash_queries(hidden)
     levels = levels_of(torch.cat([hidden, torch.ones(50, 1)], dim=1).numpy())
-    margins = np.abs(levels @ _draw_projections(24, 11, 3).T.astype(np.int64)).reshape(50, 4, 6)
+    margins = np.abs(levels @ draw_projections(24, 11, 3).T.astype(np.int64)).reshape(50, 4, 6)
     nearest = np.argsort(margins, axis=2, kind="stable")[:, :, :3]
     assert np.array_equal(codes_NLV[:, :, 1:], codes_NLV[:, :, :1] ^ (1 << nearest))
 
 
+def test_sparse_projections_are_large_on_the_chosen_share_alone() -> None:
+    projections = draw_projections(3_000, 90, 3, 30)
+    size = np.abs(projections)
+    assert set(np.unique(projections)) == {-127, -1, 1, 127}
+    assert ((size == 127).sum(axis=1) == 30).all()
+    for hits in ((projections > 0).sum(), (projections == 127).sum() + (projections == -1).sum()):
+        assert_rate(int(hits), projections.size, 0.5)
+    for hits in (size == 127).sum(axis=0):
+        assert_rate(int(hits), 3_000, 1 / 3)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 1 / 3, 1.0])
+def test_sparse_projections_tell_one_hot_rows_apart(density: float) -> None:
+    tables = 20_000
+    family = SimHash(20, bits=1, tables=tables, seed=4, projection="sparse", density=density)
+    codes_LC = family.hash_rows(torch.eye(20)[:4], None)
+    for other in range(1, 4):
+        assert_rate(int((codes_LC[:, 0] == codes_LC[:, other]).sum()), tables, 0.5)
+
+
 @pytest.mark.parametrize("width", [3, 600, 5_000, 65_001])
-def test_projections_keep_float32_sums_exact(width: int) -> None:
-    projections = _draw_projections(8, width, 0)
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_projections_keep_float32_sums_exact(width: int, share: float | None) -> None:
+    projections = draw_projections(8, width, 0, share and round(share * width))
     assert (np.abs(projections) % 2 == 1).all()
     assert 255 * np.abs(projections).sum(axis=1, dtype=np.float64).max() < 2**24
 
