@@ -1,7 +1,7 @@
 """Candidate indexes, random class samplers and rehash schedules; importing this registers every index."""
 
 from slidex.lsh.exact import ExactIndex, exact_topk, recall_at_k
-from slidex.lsh.hash_index import HashIndex
+from slidex.lsh.hash_index import HashFamily, HashIndex, register_hash_family
 from slidex.lsh.index import CandidateIndex, IndexStats, index_names, index_settings, make_index
 from slidex.lsh.sampler import ClassSampler
 from slidex.lsh.schedule import (
@@ -10,6 +10,7 @@ from slidex.lsh.schedule import (
     FixedSchedule,
     RehashSchedule,
 )
+from slidex.lsh.simhash import SimHash
 
 __all__ = [
     "CandidateIndex",
@@ -18,12 +19,15 @@ __all__ = [
     "ExactIndex",
     "ExponentialSchedule",
     "FixedSchedule",
+    "HashFamily",
     "HashIndex",
     "IndexStats",
     "RehashSchedule",
+    "SimHash",
     "exact_topk",
     "index_names",
     "index_settings",
     "make_index",
     "recall_at_k",
+    "register_hash_family",
 ]

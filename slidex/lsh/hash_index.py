@@ -1,7 +1,7 @@
-"""The candidate index over hash tables, for any hash family, and its registered form for SimHash.
+"""The candidate index over hash tables, for any hash family, and the registry that joins the two.
 
 A family turns rows and queries into codes; the tables below neither know nor care how. A further family needs
-the members of `HashFamily` and a registered factory, nothing else. Legend: N rows in a batch, C classes, D
+the members of `HashFamily` and `register_hash_family`, nothing else. Legend: N rows in a batch, C classes, D
 hidden width, K hash bits, L tables, V codes looked up per table.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,25 +23,37 @@ from slidex.lsh.index import (
     check_integer,
     check_queries,
     check_weights,
+    keyword_settings,
     register_index,
 )
-from slidex.lsh.simhash import MAX_BITS, SimHash
 from slidex.lsh.tables import BucketTables
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
+MAX_BITS = 24
+"""The largest K: a table then has 2^24 buckets, 64 MiB of offsets."""
 TARGET_BUCKET_LOAD = 256
 """Classes per bucket that `automatic_bits` aims at."""
 
 
 class HashFamily(Protocol):
-    """What `HashIndex` asks of a family of hash functions; see `SimHash` for shapes and meaning."""
+    """What `HashIndex` asks of a family of hash functions; see `SimHash` for shapes and meaning.
+
+    Attributes:
+        bits: K; every code lies in ``[0, 2^K)``.
+        tables: L.
+        probes: V - 1.
+        uses_queries: Whether `fit` makes use of its queries.
+        query_version: A counter that grows whenever `fit` changes what `hash_queries` gives. What was learned
+            about where queries land holds only as long as it stays the same.
+    """
 
     bits: int
     tables: int
     probes: int
     uses_queries: bool
+    query_version: int
 
     @property
     def code_dtype(self) -> np.dtype: ...  # noqa: D102
@@ -237,41 +249,48 @@ class HashIndex:
             raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
 
 
-@register_index("simhash")
-def simhash_index(
-    in_features: int,
-    num_classes: int,
-    *,
-    seed: int,
-    bits: int | None = None,
-    tables: int = 50,
-    probes: int = 0,
-    min_votes: int = 1,
-    max_bucket: int | None = None,
-    center: bool = False,
-    norm_augmentation: bool = False,
-) -> HashIndex:
-    """SimHash tables.
+_Family = TypeVar("_Family", bound="Callable[..., Any]")
 
-    Args:
-        in_features: Hidden width D.
-        num_classes: C.
-        seed: Fixes projections and tie-breaking.
-        bits: K, 1 to 24; None for `automatic_bits`.
-        tables: L, at least 1.
-        probes: See `SimHash`.
-        min_votes: See `HashIndex`.
-        max_bucket: See `HashIndex`.
-        center: See `SimHash`.
-        norm_augmentation: See `SimHash`.
+
+def register_hash_family(name: str) -> Callable[[_Family], _Family]:
+    """Register `HashIndex` over a family with `make_index` by `name`: a class decorator.
+
+    The index's settings are one flat set: `bits` (None for automatic) and `tables`, the keyword-only parameters
+    of the family's ``__init__`` after ``(in_features, *, bits, tables, seed, probes=0)`` with their defaults,
+    and those of `HashIndex`. A family may say what automatic `bits` are with a method
+    ``automatic_bits(num_classes)`` of its class; without one it is `automatic_bits`.
+
+    Raises:
+        ValueError: The family has a setting of the same name as one of `HashIndex`.
     """
-    family = SimHash(
-        in_features,
-        bits=automatic_bits(num_classes) if bits is None else bits,
-        tables=tables,
-        seed=seed,
-        probes=probes,
-        center=center,
-        norm_augmentation=norm_augmentation,
-    )
-    return HashIndex(in_features, num_classes, family, seed=seed, min_votes=min_votes, max_bucket=max_bucket)
+
+    def register(family: _Family) -> _Family:
+        choose_bits = getattr(family, "automatic_bits", automatic_bits)
+        shared = keyword_settings(HashIndex)
+        own = {key: value for key, value in keyword_settings(family).items() if key not in ("bits", "tables")}
+        if own.keys() & shared.keys():
+            raise ValueError(f"HashIndex has settings {sorted(own.keys() & shared.keys())} of its own.")
+
+        @register_index(name, {"bits": None, "tables": 50, **own, **shared})
+        def make(
+            in_features: int,
+            num_classes: int,
+            *,
+            seed: int,
+            bits: int | None = None,
+            tables: int = 50,
+            **settings: Any,
+        ) -> HashIndex:
+            functions = family(
+                in_features,
+                bits=choose_bits(num_classes) if bits is None else bits,
+                tables=tables,
+                seed=seed,
+                **{key: value for key, value in settings.items() if key in own},
+            )
+            for_index = {key: value for key, value in settings.items() if key in shared}
+            return HashIndex(in_features, num_classes, functions, seed=seed, **for_index)
+
+        return family
+
+    return register

@@ -158,17 +158,32 @@ class CandidateIndex(Protocol):
 
 
 _FACTORIES: dict[str, Callable[..., CandidateIndex]] = {}
+_SETTINGS: dict[str, dict[str, Any]] = {}
 _Factory = TypeVar("_Factory", bound="Callable[..., Any]")
 
 
-def register_index(name: str) -> Callable[[_Factory], _Factory]:
-    """Register a factory ``(in_features, num_classes, *, seed, **settings)`` with `make_index` by `name`."""
+def register_index(name: str, settings: dict[str, Any] | None = None) -> Callable[[_Factory], _Factory]:
+    """Register a factory ``(in_features, num_classes, *, seed, **settings)`` with `make_index` by `name`.
+
+    Args:
+        name: What `make_index` is asked for.
+        settings: The index's settings with their defaults; None to read them from the factory's signature.
+    """
 
     def register(factory: _Factory) -> _Factory:
         _FACTORIES[name] = factory
+        _SETTINGS[name] = keyword_settings(factory) if settings is None else settings
         return factory
 
     return register
+
+
+def keyword_settings(made: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only parameters of a callable, but for `seed`, with their defaults."""
+    parameters = inspect.signature(made).parameters.values()
+    return {
+        p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "seed"
+    }
 
 
 def index_names() -> tuple[str, ...]:
@@ -187,10 +202,7 @@ def index_settings(name: str) -> dict[str, Any]:
             f"The 'name' parameter of make_index must be one of {', '.join(index_names())}. "
             f"Got {name!r} instead.{_did_you_mean(name, index_names())}"
         )
-    parameters = inspect.signature(_FACTORIES[name]).parameters.values()
-    return {
-        p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "seed"
-    }
+    return dict(_SETTINGS[name])
 
 
 def make_index(

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
+from slidex.lsh.hash_index import MAX_BITS, register_hash_family
 from slidex.lsh.index import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     from slidex.lsh.index import QuerySample
 
-MAX_BITS = 24
 PROJECTIONS = ("gaussian", "sparse")
 _ROW_LEVELS = 255
 _EXACT_LIMIT = 1 << 24
@@ -43,6 +43,7 @@ _CHUNK_PROJECTIONS = 1 << 21
 _PROJECTION_STREAM = 0x51A5
 
 
+@register_hash_family("simhash")
 class SimHash:
     """L tables of K signed random projections.
 
@@ -68,6 +69,7 @@ class SimHash:
     """
 
     uses_queries = False
+    query_version = 0
 
     def __init__(
         self,
