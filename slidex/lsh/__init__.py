@@ -1,5 +1,6 @@
 """Candidate indexes, random class samplers and rehash schedules; importing this registers every index."""
 
+from slidex.lsh.dwta import Dwta
 from slidex.lsh.exact import ExactIndex, exact_topk, recall_at_k
 from slidex.lsh.hash_index import HashFamily, HashIndex, register_hash_family
 from slidex.lsh.index import CandidateIndex, IndexStats, index_names, index_settings, make_index
@@ -16,6 +17,7 @@ __all__ = [
     "CandidateIndex",
     "ClassSampler",
     "DriftSchedule",
+    "Dwta",
     "ExactIndex",
     "ExponentialSchedule",
     "FixedSchedule",
