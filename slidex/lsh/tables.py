@@ -15,11 +15,13 @@ import numba
 import numpy as np
 
 from slidex.lsh import voting
+from slidex.lsh.merge import BLOCK, merge_table
 
-_MERGE_BUCKETS = 1024
-_MERGE_RATIO = 64
-"""A table is merged rather than sorted anew where it has more than 1,024 buckets (with fewer, the sort's write
-streams stay in the first-level cache and nothing beats it) and at most one class in 64 moves (both measured)."""
+_FEW_BUCKETS = 1024
+_MERGE_RATIO_FEW = 32
+_MERGE_RATIO_MANY = 12
+"""A table is merged rather than sorted anew where at most one class in 32 moves, or one in 12 where it has more
+than 1,024 buckets: a sort's write streams then no longer stay in the first-level cache (both measured)."""
 
 
 class BucketTables:
@@ -42,7 +44,8 @@ class BucketTables:
 
     def __init__(self, num_classes: int, tables: int, bits: int) -> None:
         self.offsets = np.zeros((tables, (1 << bits) + 1), dtype=np.int32)
-        self.ids = np.zeros((tables, num_classes), dtype=np.int32)
+        entries = tables * num_classes
+        self.ids = np.zeros(entries + BLOCK, dtype=np.int32)[:entries].reshape(tables, num_classes)
         self.codes = np.zeros((tables, 0), dtype=np.uint16)
         self._votes_TC: np.ndarray = np.zeros((0, 0), dtype=np.uint8)
         self._pool_votes_C = np.zeros(0, dtype=np.int32)
@@ -167,77 +170,13 @@ def _sort_tables(codes_LC, offsets, ids):
         _sort_table(codes_LC[t], offsets[t], ids[t], np.empty(offsets.shape[1] - 1, dtype=np.int32))
 
 
-@numba.njit(cache=True, nogil=True)
-def _position(row, first, last, wanted):
-    """First place in the ascending ``row[first:last]`` whose id is `wanted` or larger; no branch to mispredict."""
-    size = last - first
-    while size > 1:
-        half = size >> 1
-        first = first + half if row[np.uint64(first + half - 1)] < wanted else first
-        size -= half
-    return first + (size == 1 and row[np.uint64(first)] < wanted)
-
-
-@numba.njit(cache=True, nogil=True)
-def _copy(row, first, last, out, at):
-    for i in range(last - first):
-        out[np.uint64(at + i)] = row[np.uint64(first + i)]
-    return at + last - first
-
-
-@numba.njit(cache=True, nogil=True)
-def _merge_bucket(row, first, last, leaving, entering, out, at):
-    """Copy ``row[first:last]`` to ``out[at:]`` less `leaving` plus `entering`, all ascending; return the end."""
-    i = j = 0
-    while i < len(leaving) or j < len(entering):
-        leave = i < len(leaving) and (j == len(entering) or leaving[i] < entering[j])
-        event = leaving[i] if leave else entering[j]
-        upto = _position(row, first, last, event)
-        at = _copy(row, first, upto, out, at)
-        first = upto
-        if leave:
-            first += 1
-            i += 1
-        else:
-            out[at] = event
-            at += 1
-            j += 1
-    return _copy(row, first, last, out, at)
-
-
-@numba.njit(cache=True, nogil=True)
-def _merge_table(row, offsets, old, new, moved, spare):
-    """Move the classes `moved` (ascending) from bucket `old` to bucket `new`; one pass over `row`."""
-    buckets = len(offsets) - 1
-    starts_old, starts_new = np.empty(buckets + 1, np.int32), np.empty(buckets + 1, np.int32)
-    order_old, order_new = np.empty(len(moved), np.int32), np.empty(len(moved), np.int32)
-    cursor = np.empty(buckets, np.int32)
-    _sort_table(old, starts_old, order_old, cursor)
-    _sort_table(new, starts_new, order_new, cursor)
-    leaving, entering = moved[order_old], moved[order_new]
-    at = 0
-    first = offsets[0]
-    for b in range(buckets):
-        last = offsets[b + 1]
-        at = _merge_bucket(
-            row,
-            first,
-            last,
-            leaving[starts_old[b] : starts_old[b + 1]],
-            entering[starts_new[b] : starts_new[b + 1]],
-            spare,
-            at,
-        )
-        first, offsets[b + 1] = last, at
-    row[:] = spare
-
-
 @numba.njit(cache=True, nogil=True, parallel=True)
 def _update_tables(codes_LC, offsets, ids, changed, codes_LM, threads, moved_L):
-    """Tables are independent; each chunk of them shares one spare row."""
+    """Tables are independent; each chunk of them shares scratch."""
     num_tables, num_classes = codes_LC.shape
+    buckets = offsets.shape[1] - 1
+    ratio = _MERGE_RATIO_MANY if buckets > _FEW_BUCKETS else _MERGE_RATIO_FEW
     for chunk in numba.prange(threads):
-        spare = np.empty(num_classes, dtype=np.int32)
         moved = np.empty(len(changed), dtype=np.int64)
         old, new = np.empty(len(changed), dtype=np.int32), np.empty(len(changed), dtype=np.int32)
         for t in range(num_tables * chunk // threads, num_tables * (chunk + 1) // threads):
@@ -250,7 +189,7 @@ def _update_tables(codes_LC, offsets, ids, changed, codes_LM, threads, moved_L):
             moved_L[t] = count
             if count == 0:
                 continue
-            if offsets.shape[1] <= _MERGE_BUCKETS + 1 or count * _MERGE_RATIO > num_classes:
-                _sort_table(codes_LC[t], offsets[t], ids[t], np.empty(offsets.shape[1] - 1, dtype=np.int32))
+            if count * ratio > num_classes:
+                _sort_table(codes_LC[t], offsets[t], ids[t], np.empty(buckets, dtype=np.int32))
             else:
-                _merge_table(ids[t], offsets[t], old[:count], new[:count], moved[:count], spare)
+                merge_table(ids[t], offsets[t], old[:count], new[:count], moved[:count])

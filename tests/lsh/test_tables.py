@@ -103,7 +103,7 @@ def test_a_lost_id_is_noticed_by_the_reference() -> None:
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10**6),
-    num_classes=st.integers(1, 2_000),
+    num_classes=st.integers(1, 12_000),
     bits=st.sampled_from([3, 11, 12]),
     changed=st.integers(0, 40),
     crowded=st.booleans(),
@@ -125,10 +125,10 @@ def test_update_equals_rebuild(seed, num_classes, bits, changed, crowded) -> Non
 
 
 @pytest.mark.parametrize(
-    ("bits", "count", "merged"), [(11, 5, True), (11, 15, True), (11, 16, False), (10, 5, False)]
+    ("bits", "count", "merged"), [(11, 83, True), (11, 84, False), (10, 31, True), (10, 32, False)]
 )
 def test_few_moves_are_merged_and_many_sorted(monkeypatch, bits: int, count: int, merged: bool) -> None:
-    monkeypatch.setattr(module, "_merge_table", _refuse)
+    monkeypatch.setattr(module, "merge_table", _refuse)
     codes_LC = random_codes(0, 2, 1_000, bits)
     tables, ids = filled(codes_LC.copy(), bits), np.arange(count)
     arguments = (
