@@ -51,3 +51,7 @@ class InterruptedRunError(SlidexError):
 
 class MissingExtraError(SlidexError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+class CollapseWarning(UserWarning):
+    """The negative classes of a run look too narrow; the message names the settings to change."""

@@ -191,7 +191,7 @@ def allowed(hint: Any, limits: Any) -> str:
     if get_origin(hint) is dict:
         return "names and values"
     kinds = {kind for kind in (get_args(hint) or (hint,)) if kind not in (types.NoneType, ...)}
-    words = {bool: "true or false", int: "whole number", float: "number"}[kinds.pop()]
+    words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kinds.pop()]
     low, high, below = (limits.get(name) for name in ("low", "high", "below"))
     if low is None:
         return words

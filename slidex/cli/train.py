@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
@@ -135,8 +136,10 @@ def train(
         return
     from slidex.cli.training_display import TrainingDisplay  # noqa: PLC0415
     from slidex.data import Dataset  # noqa: PLC0415
+    from slidex.errors import CollapseWarning  # noqa: PLC0415
     from slidex.train.loop import fit  # noqa: PLC0415
 
-    with TrainingDisplay() as display:
+    with TrainingDisplay() as display, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)  # the display shows it
         run = fit(Dataset.open(data), out, chosen, resume=resume, notify=display)
     click.echo(f"trained: {run.path}", err=True)

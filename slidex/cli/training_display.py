@@ -41,6 +41,8 @@ class TrainingDisplay:
         elif event == "validation":
             mark = " (best so far)" if facts["best"] else ""
             self._line(f"step {facts['step']:,}: validation P@1 {100 * facts['P@1']:.2f}{mark}")
+        elif event == "warning":
+            self._line(f"warning: step {facts['step']:,}: {facts['text']}")
         elif event == "message":
             self._line(facts["text"])
 
@@ -60,7 +62,7 @@ def report_line(report: dict[str, Any]) -> str:
         f"loss {report['loss']:.3f}",
         f"{report['samples_per_second']:,.0f} samples/s",
         f"{report['active_classes']:,.0f} active classes",
-        f"{100 * report['classes_seen']:.0f} % of classes seen",
+        f"{100 * report['classes_seen']:.0f} % of classes seen, {100 * report['epoch_coverage']:.0f} % in this epoch",
     ]
     if report["index_recall"] is not None:
         parts.append(f"index recall {report['index_recall']:.2f}")

@@ -1,7 +1,8 @@
 """Which classes a batch computes on: true classes, classes the index retrieves, and random classes.
 
 Hard negatives alone collapse (classes the index never returns are never pushed down), so every active set mixes
-in random classes; a correction then says how much each sampled class counts in the softmax's denominator.
+in random classes; a correction then says how much each sampled class counts in the softmax's denominator. A shared
+pool has the true classes of all rows; rows with sets of their own can be given those of other rows as well.
 
 Legend: N rows in a batch, C classes, D hidden width, A active classes per row, U classes in a shared pool.
 """
@@ -71,6 +72,8 @@ class CandidateSelector:
         sampler: Draws random classes with known inclusion probabilities.
         retrieved: Classes asked of the index: per batch in shared mode, per row in per-sample mode.
         random: Random classes, drawn once per batch in both modes (so that rows share their cache lines).
+        batch: Per-sample mode: true classes of the batch that every row gets as negatives, beside its own; drawn
+            once per batch where it has more distinct ones. A shared pool always has them all.
         correction: How the softmax's denominator is estimated from the active set.
 
             * ``none``: every active class counts once, as in SLIDE.
@@ -80,9 +83,11 @@ class CandidateSelector:
               of being in the batch (Yi et al., RecSys 2019), which stops in-batch negatives from punishing
               frequent classes.
         class_counts: int64 (C,), training frequency; needed by ``logq`` in shared mode.
+        seed: Keys the draw of `batch` classes.
 
     Raises:
-        ConfigError: if `correction` is unknown, or nothing but true classes would be active.
+        ConfigError: if `correction` is unknown, if nothing but true classes would be active, or for ``logq`` with
+            `batch` classes: drawn from those of the batch, they have no inclusion probability in closed form.
     """
 
     def __init__(
@@ -93,8 +98,10 @@ class CandidateSelector:
         sampler: ClassSampler,
         retrieved: int,
         random: int,
+        batch: int = 0,
         correction: str = "none",
         class_counts: np.ndarray | None = None,
+        seed: int = 0,
     ) -> None:
         if correction not in CORRECTIONS:
             raise ConfigError(
@@ -102,19 +109,33 @@ class CandidateSelector:
             )
         if index is None:
             retrieved = 0
-        if retrieved + random < 1:
+        if retrieved + random + batch < 1:
             raise ConfigError("No negative classes: set 'random_share' above 0, or give an index.")
+        if correction == "logq" and batch > 0:
+            raise ConfigError(
+                "The 'correction' parameter must be none or stratified where rows get true classes of the batch "
+                "('batch_share' above 0). Got 'logq' instead."
+            )
         self.num_classes = num_classes
         self.index, self.sampler = index, sampler
         self.retrieved, self.random = min(retrieved, num_classes), min(random, num_classes)
-        self.correction = correction
+        self.batch, self.correction, self._seed = batch, correction, seed
         self._label_share = None
         if correction == "logq" and class_counts is not None:
             self._label_share = class_counts / max(1, class_counts.sum())
         self._slot_C = np.full(num_classes, -1, dtype=np.int32)
 
     def pool(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Pool:
-        """The batch's shared pool. `labels` are the rows' true classes; `step` keys all randomness."""
+        """The batch's shared pool. `labels` are the rows' true classes; `step` keys all randomness.
+
+        Raises:
+            ConfigError: if the selector was made with `batch` classes, which are for per-sample mode.
+        """
+        if self.batch:
+            raise ConfigError(
+                "The 'batch' parameter of CandidateSelector must be 0 for a shared pool, which has all true classes "
+                f"of the batch. Got {self.batch} instead."
+            )
         retrieved = np.empty(0, dtype=np.int64)
         if self.index is not None and self.retrieved:
             retrieved = self.index.pool(hidden_ND, self.retrieved, step=step).numpy()
@@ -137,10 +158,13 @@ class CandidateSelector:
         retrieved_NK = np.empty((num_rows, 0), dtype=np.int64)
         if self.index is not None and self.retrieved:
             retrieved_NK = self.index.query(hidden_ND, self.retrieved, step=step).numpy()
-        random = self.sampler.sample(self.random, step).numpy()
+        batch, random = self._batch_classes(labels, step), self.sampler.sample(self.random, step).numpy()
         widest = int(np.diff(labels.indptr).max(initial=0))
-        active_NA = np.empty((num_rows, widest + retrieved_NK.shape[1] + len(random)), dtype=np.int64)
-        exact_N, tail_N = _fill_active_sets(labels.indptr, labels.indices, retrieved_NK, random, active_NA)
+        width = widest + retrieved_NK.shape[1] + len(batch) + len(random)
+        active_NA = np.empty((num_rows, width), dtype=np.int64)
+        exact_N, tail_N = _fill_active_sets(
+            labels.indptr, labels.indices, retrieved_NK, batch, random, active_NA
+        )
         slot_A = np.arange(active_NA.shape[1])
         true_N1 = np.diff(labels.indptr)[:, None]
         target_NA = np.where(slot_A < true_N1, 1.0 / np.maximum(true_N1, 1), 0.0)
@@ -152,6 +176,16 @@ class CandidateSelector:
         return ActiveSets(
             torch.from_numpy(active_NA), torch.from_numpy(target_NA).to(hidden_ND.dtype), offset_NA
         )
+
+    def _batch_classes(self, labels: CsrArrays, step: int) -> np.ndarray:
+        """Distinct true classes of the batch, a uniform draw where there are more than wanted: int64 (<= batch,)."""
+        if not self.batch:
+            return np.empty(0, dtype=np.int64)
+        classes = np.unique(labels.indices).astype(np.int64)
+        if len(classes) > self.batch:
+            bits = np.random.Philox(key=[self._seed, 0], counter=[0, 0, 0, step])
+            classes = np.random.Generator(bits).choice(classes, self.batch, replace=False, shuffle=False)
+        return classes
 
     def _tail_log_weight(
         self, ids: np.ndarray, exact: np.ndarray | int, tail: np.ndarray | int
@@ -222,8 +256,10 @@ def _merge_pool(labels, retrieved, random, slot_C):
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_active_sets(indptr, labels, retrieved_NK, random, active_NA):
-    """Writes every row's union of true, retrieved and random classes; returns exact and random counts per row.
+def _fill_active_sets(indptr, labels, retrieved_NK, batch, random, active_NA):
+    """Writes every row's union of its true, its retrieved, the batch's and the random classes, in that order.
+
+    Returns the counts per row of what the first three put there, and of what the random ones added.
 
     A row's classes are told apart with an open-addressing hash table of at least twice their number.
     """
@@ -238,15 +274,20 @@ def _fill_active_sets(indptr, labels, retrieved_NK, random, active_NA):
     for row in range(num_rows):
         table[:] = -1
         size = 0
-        first, num_true, num_retrieved = indptr[row], indptr[row + 1] - indptr[row], retrieved_NK.shape[1]
-        for i in range(num_true + num_retrieved + len(random)):
-            if i < num_true:
+        first = indptr[row]
+        end_true = indptr[row + 1] - first
+        end_retrieved = end_true + retrieved_NK.shape[1]
+        end_batch = end_retrieved + len(batch)
+        for i in range(end_batch + len(random)):
+            if i < end_true:
                 candidate = np.int64(labels[first + i])
-            elif i < num_true + num_retrieved:
-                candidate = retrieved_NK[row, i - num_true]
+            elif i < end_retrieved:
+                candidate = retrieved_NK[row, i - end_true]
+            elif i < end_batch:
+                candidate = batch[i - end_retrieved]
             else:
-                candidate = random[i - num_true - num_retrieved]
-            if i == num_true + num_retrieved:
+                candidate = random[i - end_batch]
+            if i == end_batch:
                 exact_N[row] = size
             if candidate < 0:
                 continue

@@ -51,7 +51,7 @@ class Classifier:
         """A model with initial weights.
 
         Args:
-            config: With `mode`, `precision` and `correction` other than ``auto``.
+            config: With `mode`, `precision` and `correction` other than ``auto``; no `batch_share` means 0.
             num_features: F.
             num_classes: C.
             class_counts: int64 (C,), training frequency of every class.
@@ -65,19 +65,24 @@ class Classifier:
             normalize=config.normalize,
             seed=config.seed,
         )
-        index = make_config_index(config, encoder.out_features, num_classes)
+        index = None
+        if config.mode != "exact":
+            index = make_config_index(config, encoder.out_features, num_classes)
         negatives = config.pool_size if config.mode == "shared" else config.active_size
-        random = negatives if index is None else round(negatives * config.random_share)
+        batch = round(negatives * (config.batch_share or 0.0))
+        random = negatives - batch if index is None else round(negatives * config.random_share)
         selector = None
         if config.mode != "exact":
             selector = CandidateSelector(
                 num_classes,
                 index=index,
                 sampler=ClassSampler(num_classes, class_counts, config.random_power, seed=config.seed + 3),
-                retrieved=negatives - random,
+                retrieved=max(0, negatives - random - batch),
                 random=random,
+                batch=batch,
                 correction=config.correction,
                 class_counts=class_counts,
+                seed=config.seed + 4,
             )
         head = SampledHead(
             encoder.out_features,
@@ -122,7 +127,17 @@ class Classifier:
 
 
 def make_config_index(config: TrainConfig, in_features: int, num_classes: int) -> CandidateIndex | None:
-    """The index that the settings ask for, not built yet."""
-    if config.mode == "exact" or config.index == "none":
-        return None
-    return make_index(config.index, in_features, num_classes, seed=config.seed + 2, **config.index_options)
+    """The index that the settings ask for, not built yet; None for ``none``.
+
+    Raises:
+        ConfigError: for an unknown name, or options that the index does not have or take.
+    """
+    if config.index != "none":
+        return make_index(
+            config.index, in_features, num_classes, seed=config.seed + 2, **config.index_options
+        )
+    if config.index_options:
+        raise ConfigError(
+            f"The 'index_options' setting must be empty where 'index' is none. Got {config.index_options!r} instead."
+        )
+    return None

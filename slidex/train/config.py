@@ -24,8 +24,7 @@ def _setting(default: Any, text: str, **limits: Any) -> Any:
     return field(default=default, metadata={"help": text, **limits})
 
 
-INDEXES = ("simhash", "exact", "none")
-"""What `TrainConfig.index` may be: the names that `slidex.lsh.index_names` gives, and none."""
+DEFAULT_INDEX = "simhash"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +61,13 @@ class TrainConfig:
     random_share: float = _setting(
         0.5, "Share of the negative classes drawn at random rather than from the index.", low=0.0, high=1.0
     )
+    batch_share: float | None = _setting(
+        None,
+        "Per-sample mode: share of the negative classes taken from the other rows' true classes (a shared pool has "
+        "them all); default: a quarter, if there is no correction.",
+        low=0.0,
+        high=1.0,
+    )
     random_power: float = _setting(
         0.0, "Random classes are drawn by training frequency to this power; 0 is uniform.", low=0.0, high=1.0
     )
@@ -80,7 +86,9 @@ class TrainConfig:
 
     # Index over the classes
     index: str = _setting(
-        "simhash", "Index that proposes classes; none leaves only random ones.", choices=INDEXES
+        DEFAULT_INDEX,
+        "Index that proposes classes, by name: docs/indexes.md and slidex doctor list them; none leaves only random "
+        "ones.",
     )
     index_options: dict[str, int | float | bool | str] = field(
         default_factory=dict,
@@ -93,8 +101,8 @@ class TrainConfig:
     )
     rehash: str = _setting(
         "exponential",
-        "When the index is rebuilt: every n steps (fixed), with growing gaps (exponential), or when the rows have "
-        "moved (drift).",
+        "When the index is brought up to date: every n steps (fixed), with growing gaps (exponential), or when the "
+        "rows have moved (drift).",
         choices=("fixed", "exponential", "drift"),
     )
     rehash_every: int = _setting(
@@ -146,6 +154,11 @@ class TrainConfig:
         hints = get_type_hints(type(self))
         for item in fields(self):
             _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
+        if self.batch_share is not None and self.random_share + self.batch_share > 1:
+            raise ConfigError(
+                f"The 'batch_share' setting must be at most 1 - 'random_share' ({self.random_share:g}). "
+                f"Got {self.batch_share!r} instead."
+            )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, preset: str | None = None) -> TrainConfig:
@@ -181,6 +194,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,
+        "batch_share": 0.0,
         "index_options": {"bits": 9, "tables": 50},
         "correction": "none",
         "learning_rate": 1e-3,
@@ -210,7 +224,7 @@ def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[s
     merged = {**below, **above}
     for settings in (below, above):
         _check_options("index_options", settings.get("index_options", {}))
-    if above.get("index", below.get("index", INDEXES[0])) == below.get("index", INDEXES[0]):
+    if above.get("index", below.get("index", DEFAULT_INDEX)) == below.get("index", DEFAULT_INDEX):
         merged["index_options"] = {**below.get("index_options", {}), **above.get("index_options", {})}
     elif "index_options" not in above:
         merged["index_options"] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -16,21 +17,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
+from slidex.errors import CheckpointError, CollapseWarning, DataError, DivergedError, InterruptedRunError
 from slidex.kernels import AdamStep
-from slidex.lsh import ClassSampler, recall_at_k
+from slidex.lsh import recall_at_k
 from slidex.metrics import MetricAccumulator
 from slidex.nn.classifier import Classifier
 from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
+from slidex.train.coverage import NEGATIVE, SEEN, ClassRecord, CollapseWatch
+from slidex.train.rehash import Rehasher, draw_queries
 from slidex.train.run import Run, fingerprint
 from slidex.train.settle import (
-    DRIFT_ROWS,
     STREAM_ORDER,
     STREAM_PROBE,
     STREAM_VALID,
     counter_rng,
     learning_rate,
-    rehash_schedule,
     settle,
 )
 from slidex.train.signals import SignalCatcher
@@ -43,10 +44,12 @@ if TYPE_CHECKING:
 
     from slidex.data import Dataset
     from slidex.data.csr import CsrArrays
+    from slidex.lsh.index import QuerySample
     from slidex.train.config import TrainConfig
 
 Notify = Callable[[str, dict[str, Any]], None]
-"""Called with an event and its facts: ``start``, ``message``, ``step``, ``report``, ``validation``, ``checkpoint``."""
+"""Called with an event and its facts: ``start``, ``message``, ``step``, ``report``, ``epoch``, ``warning``,
+``validation``, ``checkpoint``."""
 
 PROBE_ROWS, PROBE_K = 256, 10
 """The probe: the exact top 10 of so many training rows (or of a batch, if that is smaller)."""
@@ -86,9 +89,13 @@ def fit(
 
     Raises:
         CheckpointError: if `out` is in the way, or does not fit `dataset` and `config` when resuming.
+        ConfigError: if settings do not fit each other or the data set; nothing has been written then.
         DataError: if no training row has a label.
         DivergedError: if the loss becomes non-finite; the step's update is not applied.
         InterruptedRunError: after SIGTERM or Ctrl-C, when the state has been saved.
+
+    Warns:
+        CollapseWarning: if few classes are ever negatives, or accuracy falls while the loss does.
     """
     config = settle(config, dataset)
     if resume:
@@ -122,11 +129,16 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.schedule = rehash_schedule(config)
+        self.record = ClassRecord(dataset.num_classes)
+        self.collapse = CollapseWatch(config, dataset.num_classes)
+        self.rehasher: Rehasher | None = None
+        if self.model.index is not None:
+            self.rehasher = Rehasher(
+                config, self.model.index, self.model.head, self.record, self._query_sample
+            )
         self.step = 0
         self.bad_validations = 0
         self.seconds = 0.0
-        self.seen_C1 = np.zeros(dataset.num_classes + 1, dtype=bool)  # one more: padding, -1, lands there
         self.interval = Interval()
         self._probe_seconds = 0.0
         self._kept_order = -1, self.rows
@@ -141,12 +153,14 @@ class Trainer:
         self.notify("message", {"text": "first step: compiles the kernels, unless an earlier run has"})
         started = time.perf_counter() - self.seconds
         with SignalCatcher() as signals:
-            for batch_x, batch_y in self._batches():
-                self._train_step(batch_x, batch_y)
+            for batch_x, batch_y in self.batches():
+                self.train_step(batch_x, batch_y)
                 self.seconds = time.perf_counter() - started
                 if self.step == self.total_steps or self.step % self.config.report_every == 0:
                     self._report()
                 epoch_end = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
+                if epoch_end:
+                    self._end_epoch()
                 stop = False
                 if self.valid is not None and self._every(self.config.valid_every, epoch_end):
                     stop = self._validate(*self.valid)
@@ -190,7 +204,7 @@ class Trainer:
             chosen = rng.choice(chosen, self.config.valid_rows, replace=False)
         return rows, (split.x.take(chosen), split.y.take(chosen))
 
-    def _batches(self) -> Iterator[tuple[CsrArrays, CsrArrays]]:
+    def batches(self) -> Iterator[tuple[CsrArrays, CsrArrays]]:
         """Batches from the current step to the last, the next one read while this one trains."""
 
         def read(step: int) -> tuple[CsrArrays, CsrArrays]:
@@ -214,10 +228,12 @@ class Trainer:
             self._kept_order = epoch, order
         return self._kept_order[1]
 
-    def _train_step(self, x: CsrArrays, y: CsrArrays) -> None:
+    def train_step(self, x: CsrArrays, y: CsrArrays) -> None:
         """One step; `self.step` counts steps taken, so the step at hand has the next number."""
         step, model, watch = self.step + 1, self.model, self.interval.watch
-        self._rehash_if_due()
+        watch.lap("other")
+        self._rehash()
+        watch.lap("rehash")
         hidden_ND, graph = model.encoder.forward_train(x, step)
         watch.lap("encoder")
         scored = model.head.score(hidden_ND, y, step)
@@ -239,7 +255,8 @@ class Trainer:
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
-        self.seen_C1[scored.ids.numpy().ravel()] = True
+        self.record.note(scored.ids, y)
+        self.collapse.note_loss(loss, x.num_rows)
         interval = self.interval
         interval.rows += x.num_rows
         interval.loss += loss
@@ -258,21 +275,18 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
 
-    def _rehash_if_due(self) -> None:
-        index, head = self.model.index, self.model.head
-        if index is None:
-            return
-
-        def drift() -> float:
-            sample = ClassSampler(self.num_classes, seed=self.config.seed).sample(DRIFT_ROWS, step=0)
-            return index.drift(head.weight, head.bias, sample)
-
-        self.interval.watch.lap("other")
-        if self.step == 0 or self.schedule.due(self.step, drift):
-            index.build(head.weight, head.bias)
-            self.schedule.rehashed(self.step)
+    def _rehash(self) -> None:
+        done = self.rehasher.rehash_if_due(self.step) if self.rehasher is not None else None
+        if done is not None:
             self.interval.rehashes += 1
-        self.interval.watch.lap("rehash")
+            self.interval.index_updates += done.updated
+            self.interval.rows_rehashed += done.rows
+
+    def _query_sample(self, step: int) -> QuerySample:
+        split, config = self.train_split, self.config
+        return draw_queries(
+            self.model.encoder, split.x, split.y, self.rows, config.index_sample, seed=config.seed, step=step
+        )
 
     def _report(self) -> None:
         recall = self._probe_recall()
@@ -283,11 +297,27 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate(self.config, self.step, self.total_steps),
             "index_recall": recall,
-            "classes_seen": float(self.seen_C1[: self.num_classes].mean()),
+            "classes_seen": self.record.share(SEEN),
+            "epoch_coverage": self.record.share(NEGATIVE),
             **self.interval.facts(),
         }
         self._log("report", report)
         self.interval = Interval()
+
+    def _end_epoch(self) -> None:
+        """Logs the share of classes that were negatives since the epoch began, and begins a new one."""
+        epoch = math.ceil(self.step / self.steps_per_epoch)
+        steps = self.step - (epoch - 1) * self.steps_per_epoch
+        coverage = self.record.share(NEGATIVE)
+        self._log("epoch", {"epoch": epoch, "step": self.step, "epoch_coverage": coverage})
+        self._warn(self.collapse.epoch_ended(epoch, steps, coverage))
+        self.record.clear(NEGATIVE)
+        self.interval.watch.lap("other")
+
+    def _warn(self, text: str | None) -> None:
+        if text is not None:
+            self._log("warning", {"step": self.step, "text": text})
+            warnings.warn(text, CollapseWarning, stacklevel=2)
 
     def _probe_recall(self) -> float | None:
         """Share of a few rows' exact top 10 that the index proposes for them as it does in training."""
@@ -323,6 +353,7 @@ class Trainer:
         self.bad_validations = 0 if improved else self.bad_validations + 1
         event = {"step": self.step, "seconds": round(self.seconds, 3), "rows": x.num_rows, "best": improved}
         self._log("validation", event | {name: result[name] for name in ("P@1", "P@3", "P@5")})
+        self._warn(self.collapse.validated(result["P@1"], x.num_rows))
         if improved:
             self._save()
             text = json.dumps({"step": self.step, "P@1": result["P@1"]})

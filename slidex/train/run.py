@@ -205,7 +205,8 @@ class Run:
         Args:
             checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
             indexed: Also build the index over these weights. The one in the checkpoint is older than they are: it
-                is there so that a resumed run takes the very steps an unbroken one would.
+                is there so that a resumed run takes the very steps an unbroken one would, and for what the index
+                has learned from hidden vectors.
 
         Raises:
             CheckpointError: as `checkpoint`, or if the weights do not fit ``run.json``.
@@ -225,6 +226,13 @@ class Run:
         if indexed:
             if model.index is None:
                 raise ConfigError(f"{self.path}: was trained without an index; use exact scoring.")
+            if model.index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
+                try:
+                    model.index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
+                except ConfigError as error:
+                    raise CheckpointError(
+                        f"{checkpoint.path / 'index'}.safetensors: does not fit run.json: {error}"
+                    ) from error
             model.index.build(model.head.weight, model.head.bias)
         return model
 

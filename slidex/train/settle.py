@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slidex import doctor
+from slidex.errors import ConfigError
 from slidex.lsh import DriftSchedule, ExponentialSchedule, FixedSchedule, RehashSchedule
+from slidex.nn.classifier import make_config_index
 from slidex.threads import set_threads
 
 if TYPE_CHECKING:
@@ -18,17 +20,25 @@ if TYPE_CHECKING:
 
 DRIFT_ROWS = 2048
 """Rows on which the drift schedule measures how many codes have changed."""
-STREAM_ORDER, STREAM_VALID, STREAM_PROBE = range(3)
+BATCH_SHARE = 0.25
+"""`TrainConfig.batch_share` where rows have sets of their own and nothing is corrected."""
+STREAM_ORDER, STREAM_VALID, STREAM_PROBE, STREAM_QUERIES = range(4)
 
 
 def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
-    """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts."""
+    """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts.
+
+    Raises:
+        ConfigError: if the index or its options do not exist or do not fit, in every mode; or if another setting has
+            no meaning in the mode.
+    """
     set_threads(config.threads)
+    width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
+    make_config_index(config, width, dataset.num_classes)
     native_bf16 = doctor.has_native_bf16()
     if config.precision == "auto":
         config = replace(config, precision="bfloat16" if native_bf16 is True else "float32")
     if config.mode == "auto":
-        width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
         chosen = doctor.plan(
             dataset.num_classes,
             width,
@@ -38,9 +48,18 @@ def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
             native_bf16=config.precision == "bfloat16",
         )
         config = replace(config, mode=chosen.mode)
-    if config.correction == "auto":  # docs/performance.md has the measurements behind it
+    if config.correction == "auto":  # docs/performance.md has the measurements behind it and BATCH_SHARE
         plain = config.mode == "per_sample" and config.index != "none"
         config = replace(config, correction="none" if plain else "stratified")
+    if config.batch_share is None:
+        plain = config.mode == "per_sample" and config.correction == "none"
+        config = replace(config, batch_share=min(BATCH_SHARE, 1 - config.random_share) if plain else 0.0)
+    elif config.batch_share > 0 and config.mode != "per_sample":
+        reason = {"shared": "the pool has all true classes of the batch", "exact": "all classes are scored"}
+        raise ConfigError(
+            f"The 'batch_share' setting must be 0 in {config.mode} mode, where {reason[config.mode]}. "
+            f"Got {config.batch_share!r} instead."
+        )
     return config
 
 

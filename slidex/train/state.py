@@ -36,7 +36,7 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
         "encoder": encoder.state_dict(),
         "head": head.state_dict(),
         "optimizer": moments,
-        "progress": {"seen": torch.from_numpy(trainer.seen_C1)},
+        "progress": {"classes": torch.from_numpy(trainer.record.flags_C1)},
     }
     if index is not None:
         tensors["index"] = index.state()
@@ -45,8 +45,10 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
         "total_steps": trainer.total_steps,
         "seconds": trainer.seconds,
         "bad_validations": trainer.bad_validations,
-        "schedule": trainer.schedule.state_dict(),
+        "collapse": trainer.collapse.state_dict(),
     }
+    if trainer.rehasher is not None:
+        values["rehash"] = trainer.rehasher.state_dict()
     return tensors, values
 
 
@@ -56,10 +58,12 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     values = checkpoint.state()
     trainer.step, trainer.seconds = values["step"], values["seconds"]
     trainer.bad_validations = values["bad_validations"]
-    trainer.schedule.load_state_dict(values["schedule"])
+    trainer.collapse.load_state_dict(values["collapse"])
+    if trainer.rehasher is not None:
+        trainer.rehasher.load_state_dict(values["rehash"])
     encoder.load_state_dict(checkpoint.tensors("encoder"))
     head.load_state_dict(checkpoint.tensors("head"))
-    trainer.seen_C1 = checkpoint.tensors("progress")["seen"].numpy().copy()
+    trainer.record.flags_C1[:] = checkpoint.tensors("progress")["classes"].numpy()
     if index is not None:
         index.load_state(checkpoint.tensors("index"), head.weight, head.bias)
     moments = checkpoint.tensors("optimizer")

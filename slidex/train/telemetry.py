@@ -35,6 +35,8 @@ class Interval:
     loss: float = 0.0
     active: float = 0.0
     rehashes: int = 0
+    index_updates: int = 0
+    rows_rehashed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def facts(self) -> dict[str, Any]:
@@ -46,5 +48,7 @@ class Interval:
             "samples_per_second": self.rows / seconds,
             "active_classes": self.active / rows,
             "rehashes": self.rehashes,
+            "index_updates": self.index_updates,
+            "rows_rehashed": self.rows_rehashed,
             "time_share": {stage: spent / seconds for stage, spent in sorted(self.watch.seconds.items())},
         }

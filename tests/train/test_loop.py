@@ -32,7 +32,7 @@ MODES = {
     "exact": {"mode": "exact"},
     "shared": {"mode": "shared", "rehash": "exponential"},
     "per_sample": {"mode": "per_sample", "rehash": "drift", "rehash_drift": 0.05, "correction": "stratified"},
-    "random": {"mode": "shared", "index": "none", "rehash": "fixed", "loss": "logistic"},
+    "random": {"mode": "shared", "index": "none", "index_options": {}, "rehash": "fixed", "loss": "logistic"},
 }
 
 
