@@ -103,7 +103,8 @@ class SimHash:
         self._center, self._norm_augmentation = center, norm_augmentation
         width = in_features + 1 + norm_augmentation
         chosen = max(1, round(density * width)) if projection == "sparse" else None
-        self._projection_BE = torch.from_numpy(draw_projections(tables * bits, width, seed, chosen))
+        self._row_projection_BE = torch.from_numpy(draw_projections(tables * bits, width, seed, chosen))
+        self._query_projection_BE = self._row_projection_BE
         self._row_dtype = torch.bfloat16 if _has_fast_bfloat16() else torch.float32
         self._mean_E = torch.zeros(in_features + 1)
         self._max_norm = torch.zeros(1)
@@ -116,7 +117,8 @@ class SimHash:
     @property
     def bytes(self) -> int:
         """Memory of the projections."""
-        return self._projection_BE.nbytes
+        shared = self._query_projection_BE is self._row_projection_BE
+        return self._row_projection_BE.nbytes + (0 if shared else self._query_projection_BE.nbytes)
 
     def fit(
         self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, queries: QuerySample | None = None
@@ -162,9 +164,9 @@ class SimHash:
         """
         count = len(weight_CD) if ids is None else len(ids)
         codes_LC = np.empty((self.tables, count), dtype=self.code_dtype)
-        projection = self._projection_BE.to(self._row_dtype)
+        projection = self._row_projection_BE.to(self._row_dtype)
         for first, chunk in self._extended_chunks(weight_CD, bias_C, ids):
-            rows = self._augmented(chunk)
+            rows = self._prepare_rows(chunk)
             bad = _quantise(rows)
             if bad >= 0:
                 row = first + bad if ids is None else int(ids[first + bad])
@@ -182,17 +184,17 @@ class SimHash:
         """Codes to look up: int32 (N, L, V), the query's own code first, then its probes."""
         rows_ND = hidden_ND.detach().to(device="cpu", dtype=torch.float32)
         codes_NLV = np.empty((len(rows_ND), self.tables, 1 + self.probes), dtype=np.int32)
-        step = max(1, _CHUNK_PROJECTIONS // len(self._projection_BE))
+        step = max(1, _CHUNK_PROJECTIONS // len(self._query_projection_BE))
         for first in range(0, len(rows_ND), step):
-            rows = rows_ND.new_zeros((min(step, len(rows_ND) - first), self._projection_BE.shape[1]))
-            rows[:, : self._in_features] = rows_ND[first : first + step]
-            rows[:, self._in_features] = 1.0
+            rows = rows_ND.new_ones((min(step, len(rows_ND) - first), self._in_features + 1))
+            rows[:, :-1] = rows_ND[first : first + step]
+            rows = self._prepare_queries(rows)
             bad = _quantise(rows)
             if bad >= 0:
                 raise DivergedError(
                     f"Row {first + bad} of the hidden vectors holds a value that is not finite."
                 )
-            margins = torch.mm(rows, self._projection_BE.T).numpy()
+            margins = torch.mm(rows, self._query_projection_BE.T).numpy()
             _pack_queries(margins, codes_NLV[first : first + step], self.bits)
         return codes_NLV
 
@@ -209,8 +211,12 @@ class SimHash:
             largest = max(largest, float(norms.max()))
         return largest
 
-    def _augmented(self, rows_ME: torch.Tensor) -> torch.Tensor:
-        """The rows with the entry that gives them all the norm M, where the setting asks for it."""
+    def _prepare_queries(self, rows_ME: torch.Tensor) -> torch.Tensor:
+        """What is rounded and projected, from ``[h, 1]``; may be the same tensor."""
+        return torch.nn.functional.pad(rows_ME, (0, 1)) if self._norm_augmentation else rows_ME
+
+    def _prepare_rows(self, rows_ME: torch.Tensor) -> torch.Tensor:
+        """What is rounded and projected, from ``[w_c, b_c]`` less the mean; may be the same tensor."""
         if not self._norm_augmentation:
             return rows_ME
         squares = rows_ME.square().sum(dim=1, keepdim=True)
@@ -221,7 +227,7 @@ class SimHash:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Chunks of ``[w_c, b_c]`` less the mean: (first row, a fresh float32 (rows, D + 1))."""
         count = len(weight_CD) if ids is None else len(ids)
-        step = max(64, _CHUNK_PROJECTIONS // len(self._projection_BE))
+        step = max(64, _CHUNK_PROJECTIONS // len(self._row_projection_BE))
         for first in range(0, count, step):
             rows = slice(first, first + step) if ids is None else ids[first : first + step]
             weight = weight_CD.detach()[rows]
