@@ -1,9 +1,11 @@
 """Candidate indexes, random class samplers and rehash schedules; importing this registers every index."""
 
+import slidex.lsh.faiss_factories  # noqa: F401  (registers its indexes)
 from slidex.lsh.dwta import Dwta
 from slidex.lsh.exact import ExactIndex, exact_topk, recall_at_k
 from slidex.lsh.hash_index import HashFamily, HashIndex, register_hash_family
 from slidex.lsh.index import CandidateIndex, IndexStats, index_names, index_settings, make_index
+from slidex.lsh.learned import LearnedSimHash
 from slidex.lsh.sampler import ClassSampler
 from slidex.lsh.schedule import (
     DriftSchedule,
@@ -24,6 +26,7 @@ __all__ = [
     "HashFamily",
     "HashIndex",
     "IndexStats",
+    "LearnedSimHash",
     "RehashSchedule",
     "SimHash",
     "exact_topk",
