@@ -26,6 +26,7 @@ from slidex.lsh.index import (
     keyword_settings,
     register_index,
 )
+from slidex.lsh.reading import OVERFLOWS
 from slidex.lsh.tables import BucketTables
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 MAX_BITS = 24
 """The largest K: a table then has 2^24 buckets, 64 MiB of offsets."""
+BUDGETS = ("votes", "first_come")
+_MOST_INSERTED = 65_536
 TARGET_BUCKET_LOAD = 256
 """Classes per bucket that `automatic_bits` aims at."""
 
@@ -86,7 +89,18 @@ class HashIndex:
         family: Its hash functions.
         seed: Keys tie-breaking and bucket windows.
         min_votes: Leave out classes found in fewer buckets than this; 1 to ``L * (1 + probes)``.
-        max_bucket: The most classes read from one bucket per query, a window at a random place; None for all.
+        max_bucket: The most hashed classes read from one bucket per query; None for all.
+        overflow: What is read of a bucket that holds more: ``"window"``, as many neighbours from a random
+            place, another for each query; ``"reservoir"``, a fixed sample, every class of the bucket equally
+            likely to be in it, which is what reservoir sampling would have kept; ``"first"``, the lowest
+            classes, as SLIDE's first-in buckets filled in order of class do.
+        budget: How k classes are chosen: ``"votes"``, those found in most buckets; ``"first_come"``, the first
+            met, tables in random order, stopping as soon as there are enough (SLIDE, LNS): many times cheaper
+            and a worse choice. A pool then takes the first met over (row, table) pairs in random order.
+        insert: The most classes inserted per bucket by `build` with queries, see
+            `slidex.lsh.insertion.InsertedLabels`; 0 for none. An inserted class has a vote of the bucket, so
+            one that is hashed there too has two. What was counted is kept from build to build as long as the
+            family's `query_version` stays the same.
     """
 
     def __init__(
@@ -98,25 +112,42 @@ class HashIndex:
         seed: int,
         min_votes: int = 1,
         max_bucket: int | None = None,
+        overflow: str = "window",
+        budget: str = "votes",
+        insert: int = 0,
     ) -> None:
         check_integer("min_votes", "make_index", min_votes, 1, family.tables * (1 + family.probes))
         if max_bucket is not None:
             check_integer("max_bucket", "make_index", max_bucket, 1)
-        if family.tables * (1 + family.probes) > np.iinfo(np.uint16).max:
+        check_integer("insert", "make_index", insert, 0, _MOST_INSERTED)
+        _check_choice("overflow", overflow, OVERFLOWS)
+        _check_choice("budget", budget, BUDGETS)
+        if budget == "first_come" and min_votes > 1:
             raise ConfigError(
-                "The 'tables' parameter of make_index must keep tables * (1 + probes) to at most 65535. "
+                "The 'min_votes' parameter of make_index must be 1 with a budget of 'first_come', which counts "
+                f"no votes. Got {min_votes!r} instead."
+            )
+        most_lookups = np.iinfo(np.uint16).max // (2 if insert else 1)
+        if family.tables * (1 + family.probes) > most_lookups:
+            raise ConfigError(
+                f"The 'tables' parameter of make_index must keep tables * (1 + probes) to at most {most_lookups}. "
                 f"Got {family.tables} tables and {family.probes} probes instead."
             )
         self.in_features = in_features
         self.num_classes = num_classes
         self.family = family
-        self.tables = BucketTables(num_classes, family.tables, family.bits)
-        self._vote_settings = {
-            "seed": seed,
-            "min_votes": min_votes,
-            "max_bucket": num_classes if max_bucket is None else max_bucket,
-        }
-        self.uses_queries = family.uses_queries
+        self.tables = BucketTables(
+            num_classes,
+            family.tables,
+            family.bits,
+            seed=seed,
+            min_votes=min_votes,
+            max_bucket=max_bucket,
+            overflow=overflow,
+            first_come=budget == "first_come",
+            insert=insert,
+        )
+        self.uses_queries = family.uses_queries or insert > 0
         self._built = False
         self._builds = self._updates = self._rows_rehashed = 0
         self._build_seconds = self._update_seconds = 0.0
@@ -133,7 +164,9 @@ class HashIndex:
         check_weights("HashIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
         check_queries("HashIndex.build", queries, self.num_classes, self.in_features)
         self._built = False  # a build that fails leaves nothing to be queried
+        version = self.family.query_version
         self.family.fit(weight_CD, bias_C, queries)
+        self._insert(queries, forget=self.family.query_version != version)
         self.tables.build(self.family.hash_rows(weight_CD, bias_C))
         self._built = True
         self._builds += 1
@@ -165,7 +198,7 @@ class HashIndex:
         check_integer("k", "HashIndex.query", k, 1)
         check_integer("step", "HashIndex.query", step, 0)
         codes_NLV = self.family.hash_queries(hidden_ND)
-        ids_NK = self.tables.query(codes_NLV, k, step=step, **self._vote_settings)
+        ids_NK = self.tables.query(codes_NLV, k, step=step)
         return torch.from_numpy(ids_NK).to(hidden_ND.device)
 
     def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
@@ -175,7 +208,7 @@ class HashIndex:
         check_integer("budget", "HashIndex.pool", budget, 1)
         check_integer("step", "HashIndex.pool", step, 0)
         codes_NLV = self.family.hash_queries(hidden_ND)
-        ids = self.tables.pool(codes_NLV, budget, step=step, **self._vote_settings)
+        ids = self.tables.pool(codes_NLV, budget, step=step)
         return torch.from_numpy(ids).to(hidden_ND.device)
 
     def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, sample_ids: torch.Tensor) -> float:
@@ -207,9 +240,13 @@ class HashIndex:
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Codes (L, C), uint16 or int32, and the family's fitted parameters; see `CandidateIndex.state`."""
+        """Codes (L, C), uint16 or int32, what was inserted, and the family's fitted parameters.
+
+        See `CandidateIndex.state`. The shapes of what was inserted vary with what it is.
+        """
         self._require_built("state")
-        return {"codes": torch.from_numpy(self.tables.codes), **self.family.parameters()}
+        inserted = {name: torch.from_numpy(value) for name, value in self.tables.inserted.state().items()}
+        return {"codes": torch.from_numpy(self.tables.codes), **inserted, **self.family.parameters()}
 
     def load_state(
         self,
@@ -219,17 +256,15 @@ class HashIndex:
     ) -> None:
         """Fill the tables from codes alone; see `CandidateIndex.load_state`."""
         check_weights("HashIndex.load_state", weight_CD, bias_C, self.num_classes, self.in_features)
+        own = {name: torch.from_numpy(value) for name, value in self.tables.inserted.state().items()}
         expected = {
             "codes": ((self.family.tables, self.num_classes), str(self.family.code_dtype)),
-            **{
-                name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
-                for name, value in self.family.parameters().items()
-            },
+            **_shapes({**own, **self.family.parameters()}),
         }
-        found = {
-            name: (tuple(value.shape), str(value.dtype).removeprefix("torch."))
-            for name, value in state.items()
-        }
+        found = _shapes(state)
+        for name in ("inserted_ids", "inserted_counts"):  # as many as there were; checked when loaded
+            if name in expected and name in found and state[name].ndim == 1:
+                expected[name] = (found[name][0], expected[name][1])
         if found != expected:
             raise ConfigError(
                 f"The 'state' parameter of HashIndex.load_state must hold {expected}. Got {found} instead."
@@ -240,13 +275,39 @@ class HashIndex:
                 f"The 'codes' of the state given to HashIndex.load_state must lie from 0 to "
                 f"{(1 << self.family.bits) - 1}. Got {codes_LC.min()} to {codes_LC.max()} instead."
             )
+        self.tables.inserted.load_state(
+            {name: value.cpu().numpy() for name, value in state.items()}, self.num_classes
+        )
         self.family.load_parameters(state)
         self.tables.build(codes_LC)
         self._built = True
 
+    def _insert(self, queries: QuerySample | None, *, forget: bool) -> None:
+        """Insert the true classes of the sampled rows; first forget those of other hash functions."""
+        inserted = self.tables.inserted
+        if forget:
+            inserted.clear()
+        if inserted.most and queries is not None and len(queries.hidden_ND):
+            codes_NL = self.family.hash_queries(queries.hidden_ND)[:, :, 0]
+            labels = queries.label_indptr.cpu().numpy(), queries.label_ids.cpu().numpy()
+            inserted.add(codes_NL, *labels)
+
     def _require_built(self, method: str) -> None:
         if not self._built:
             raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {
+        name: (tuple(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in tensors.items()
+    }
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"The {name!r} parameter of make_index must be one of {', '.join(choices)}. Got {value!r} instead."
+        )
 
 
 _Family = TypeVar("_Family", bound="Callable[..., Any]")

@@ -3,7 +3,7 @@
 Against lists or fixed-size arrays per bucket (SLIDE), this holds every class exactly once per table, needs no
 allocation per bucket, and is in a fixed order (ids ascend within a bucket), so tables made by any route from
 the same codes are equal to the byte and answers do not depend on history. Overfull buckets are bounded when
-they are read, not when they are filled: see `slidex.lsh.voting`.
+they are read, not when they are filled: see `slidex.lsh.reading`.
 
 Legend: N rows in a batch, C classes, K hash bits, B = 2^K buckets per table, L tables, V codes looked up per
     table.
@@ -15,7 +15,10 @@ import numba
 import numpy as np
 
 from slidex.lsh import voting
+from slidex.lsh.first_come import pool_first_come, query_first_come
+from slidex.lsh.insertion import InsertedLabels
 from slidex.lsh.merge import BLOCK, merge_table
+from slidex.lsh.reading import OVERFLOWS, Buckets
 
 _FEW_BUCKETS = 1024
 _MERGE_RATIO_FEW = 32
@@ -35,18 +38,41 @@ class BucketTables:
         num_classes: C.
         tables: L.
         bits: K.
+        seed: Keys ties, windows, reservoirs and orders.
+        min_votes: Leave out classes with fewer votes; at least 1, of no effect with `first_come`.
+        max_bucket: The most hashed classes read from one bucket; None for all.
+        overflow: One of `slidex.lsh.reading.OVERFLOWS`.
+        first_come: Take the first classes met instead of the most voted.
+        insert: The most classes inserted per bucket, see `InsertedLabels`.
 
     Attributes:
         offsets: int32 (L, B + 1): bucket b of table t is ``ids[t, offsets[t, b]:offsets[t, b + 1]]``.
         ids: int32 (L, C), ascending within a bucket.
         codes: (L, C), the bucket of every class in every table.
+        inserted: What is read of a bucket beside its own classes.
     """
 
-    def __init__(self, num_classes: int, tables: int, bits: int) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        tables: int,
+        bits: int,
+        *,
+        seed: int = 0,
+        min_votes: int = 1,
+        max_bucket: int | None = None,
+        overflow: str = "window",
+        first_come: bool = False,
+        insert: int = 0,
+    ) -> None:
         self.offsets = np.zeros((tables, (1 << bits) + 1), dtype=np.int32)
         entries = tables * num_classes
         self.ids = np.zeros(entries + BLOCK, dtype=np.int32)[:entries].reshape(tables, num_classes)
         self.codes = np.zeros((tables, 0), dtype=np.uint16)
+        self.inserted = InsertedLabels(tables, bits, insert, seed)
+        self._seed, self._min_votes, self._first_come = np.uint64(seed), min_votes, first_come
+        self._limit = num_classes if max_bucket is None else min(max_bucket, num_classes)
+        self._overflow = OVERFLOWS.index(overflow)
         self._votes_TC: np.ndarray = np.zeros((0, 0), dtype=np.uint8)
         self._pool_votes_C = np.zeros(0, dtype=np.int32)
         self._touched_C = np.zeros(0, dtype=np.int32)
@@ -55,7 +81,7 @@ class BucketTables:
     def bytes(self) -> int:
         """Memory held, scratch included."""
         scratch = self._votes_TC.nbytes + self._pool_votes_C.nbytes + self._touched_C.nbytes
-        return self.offsets.nbytes + self.ids.nbytes + self.codes.nbytes + scratch
+        return self.offsets.nbytes + self.ids.nbytes + self.codes.nbytes + self.inserted.bytes + scratch
 
     def build(self, codes_LC: np.ndarray) -> None:
         """Fill the tables.
@@ -81,36 +107,28 @@ class BucketTables:
         _update_tables(self.codes, self.offsets, self.ids, changed_ids, codes_LM, threads, moved_L)
         return int(moved_L.sum())
 
-    def query(
-        self, codes_NLV: np.ndarray, k: int, *, seed: int, step: int, min_votes: int, max_bucket: int
-    ) -> np.ndarray:
-        """The k most voted classes of each query: int64 (N, k), -1 where there are no more.
+    def query(self, codes_NLV: np.ndarray, k: int, *, step: int) -> np.ndarray:
+        """The k best classes of each query: int64 (N, k), -1 where there are no more.
 
         Args:
             codes_NLV: int32 (N, L, V), distinct along V.
             k: At least 1.
-            seed: With `step`, keys ties and the windows of overfull buckets.
-            step: See `seed`.
-            min_votes: At least 1.
-            max_bucket: The most classes read from one bucket.
+            step: Keys, with the seed and the codes, every random choice but the reservoirs.
         """
         out_NK = np.empty((len(codes_NLV), k), dtype=np.int64)
-        most_votes = codes_NLV.shape[1] * codes_NLV.shape[2]
-        votes_type = np.dtype(np.uint8 if most_votes <= 255 else np.uint16)
-        shape = (numba.get_num_threads(), self.ids.shape[1])
-        if self._votes_TC.shape != shape or self._votes_TC.dtype != votes_type:
-            self._votes_TC = np.zeros(shape, dtype=votes_type)
-        keys_N = voting.query_keys(codes_NLV, np.uint64(seed), np.uint64(step))
-        capacity = min(shape[1], voting.query_capacity(self.offsets, codes_NLV, max_bucket))
-        voting.query_tables(
-            self.offsets, self.ids, codes_NLV, keys_N, min_votes, max_bucket, self._votes_TC, capacity, out_NK
-        )
+        buckets, keys_N = self._buckets(), voting.query_keys(codes_NLV, self._seed, np.uint64(step))
+        # With insertion, a bucket may give a class two votes.
+        most_votes = codes_NLV.shape[1] * codes_NLV.shape[2] * (2 if self.inserted.most else 1)
+        votes_TC = self._scratch(np.dtype(np.uint8 if most_votes <= 255 else np.uint16))
+        if self._first_come:
+            query_first_come(buckets, codes_NLV, keys_N, votes_TC, out_NK)
+            return out_NK
+        capacity = min(self.ids.shape[1], voting.query_capacity(buckets, codes_NLV))
+        voting.query_tables(buckets, codes_NLV, keys_N, self._min_votes, votes_TC, capacity, out_NK)
         return out_NK
 
-    def pool(
-        self, codes_NLV: np.ndarray, budget: int, *, seed: int, step: int, min_votes: int, max_bucket: int
-    ) -> np.ndarray:
-        """The `budget` most voted classes over all queries: int64 (at most budget,), ascending.
+    def pool(self, codes_NLV: np.ndarray, budget: int, *, step: int) -> np.ndarray:
+        """The `budget` best classes over all queries: int64 (at most budget,), ascending.
 
         `min_votes` applies to the sum over the queries. Arguments as for `query`.
         """
@@ -118,21 +136,36 @@ class BucketTables:
         if len(self._pool_votes_C) == 0:
             self._pool_votes_C = np.zeros(num_classes, dtype=np.int32)
             self._touched_C = np.empty(num_classes, dtype=np.int32)
-        key = np.uint64(voting.mix_ids(np.array([seed]), np.uint64(step))[0])
+        buckets, key = self._buckets(), np.uint64(voting.mix_ids(np.array([step]), self._seed)[0])
+        if self._first_come:
+            ids = np.empty(min(budget, num_classes), dtype=np.int64)
+            found = pool_first_come(buckets, codes_NLV, key, self._pool_votes_C, ids)
+            return np.sort(ids[:found])
         codes_LM = np.ascontiguousarray(codes_NLV.transpose(1, 0, 2)).reshape(len(self.ids), -1)
         counts_T = np.zeros(numba.get_num_threads(), dtype=np.int64)
-        voting.pool_votes(
+        voting.pool_votes(buckets, codes_LM, key, self._pool_votes_C, self._touched_C, counts_T)
+        ids, votes = voting.take_votes(self._touched_C, counts_T, self._pool_votes_C)
+        return np.sort(_most_voted(ids, votes, budget, self._min_votes, key))
+
+    def _buckets(self) -> Buckets:
+        inserted = self.inserted
+        return Buckets(
             self.offsets,
             self.ids,
-            codes_LM,
-            key,
-            max_bucket,
-            self._pool_votes_C,
-            self._touched_C,
-            counts_T,
+            inserted.offsets,
+            inserted.starts,
+            inserted.ids,
+            self._limit,
+            self._overflow,
+            self._seed,
         )
-        ids, votes = voting.take_votes(self._touched_C, counts_T, self._pool_votes_C)
-        return np.sort(_most_voted(ids, votes, budget, min_votes, key))
+
+    def _scratch(self, dtype: np.dtype) -> np.ndarray:
+        """A (threads, C) array of zeros, kept from call to call; users leave it zero."""
+        shape = (numba.get_num_threads(), self.ids.shape[1])
+        if self._votes_TC.shape != shape or self._votes_TC.dtype != dtype:
+            self._votes_TC = np.zeros(shape, dtype=dtype)
+        return self._votes_TC
 
 
 def _most_voted(

@@ -1,10 +1,9 @@
 """Numba kernels that count, for a query, how often each class turns up in the buckets it is sent to.
 
 A class's votes are the number of looked-up buckets that hold it. Votes live in a scratch array of one small
-integer per class that is left all zero, reset through the list of touched classes, so a query costs what its
-buckets hold and never C. Every random choice (which part of an overfull bucket is read, which of equally
-voted classes are kept) is a hash of an explicit key: the same for any number of threads, and fair to every
-class over many keys, where taking the first would always favour low ids.
+integer per class that is left all zero, as a rule reset through the list of touched classes, so a query costs
+what its buckets hold and not C. Which of equally voted classes are kept is a hash of an explicit key: the same
+for any number of threads, and fair to every class over many keys, where the first would always favour low ids.
 
 Legend: N rows in a batch, C classes, B = 2^K buckets per table, L tables, V codes looked up per table, T
     threads.
@@ -15,18 +14,18 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+from slidex.lsh.reading import (
+    bucket_key,
+    has_inserted,
+    mix,
+    read_bucket,
+    read_inserted,
+    scratch_size,
+    uniform_below,
+)
 
-
-@numba.njit(cache=True, nogil=True, inline="always")
-def mix(value):
-    """The splitmix64 finaliser (Steele et al. 2014), a bijection of uint64 to uint64."""
-    value = np.uint64(value) + _GOLDEN
-    value = (value ^ (value >> np.uint64(30))) * _MIX_1
-    value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return value ^ (value >> np.uint64(31))
+_CLEAR_RATIO = 32
+"""Votes are cleared as a whole rather than class by class where one class in 32 or more was touched."""
 
 
 @numba.njit(cache=True, nogil=True)
@@ -41,14 +40,6 @@ def mix_ids(ids, key):
     for i in range(len(ids)):
         out[i] = mix(np.uint64(ids[i]) ^ key)
     return out
-
-
-@numba.njit(cache=True, nogil=True)
-def _window(size, limit, key):
-    """Start and length of the part of a bucket to read: all, or `limit` entries from a random start."""
-    if size <= limit:
-        return 0, size
-    return np.int64(mix(key) % np.uint64(size)), limit
 
 
 @numba.njit(cache=True, nogil=True)
@@ -70,26 +61,28 @@ def _vote_run(ids, votes, touched, repeated, count, repeats):
 
 
 @numba.njit(cache=True, nogil=True)
-def _vote(offsets, ids, codes_LV, key, max_bucket, votes, touched, repeated):
+def _vote(buckets, codes_LV, key, scratch, votes, touched, repeated):
     """Count one query's votes; returns how many classes have one vote or more, and two or more."""
     count = repeats = 0
     versions = codes_LV.shape[1]
     for t in range(codes_LV.shape[0]):
         for v in range(versions):
-            first = offsets[t, codes_LV[t, v]]
-            size = offsets[t, codes_LV[t, v] + 1] - first
-            start, take = _window(size, max_bucket, key + np.uint64(t * versions + v))
-            tail = min(take, size - start)
-            row = ids[t, first : first + size]
-            count, repeats = _vote_run(row[start : start + tail], votes, touched, repeated, count, repeats)
-            count, repeats = _vote_run(row[: take - tail], votes, touched, repeated, count, repeats)
+            ids, start, take = read_bucket(
+                buckets, t, codes_LV[t, v], key + np.uint64(t * versions + v), scratch
+            )
+            tail = min(take, len(ids) - start)
+            count, repeats = _vote_run(ids[start : start + tail], votes, touched, repeated, count, repeats)
+            count, repeats = _vote_run(ids[: take - tail], votes, touched, repeated, count, repeats)
+            if has_inserted(buckets):
+                inserted = read_inserted(buckets, t, codes_LV[t, v])
+                count, repeats = _vote_run(inserted, votes, touched, repeated, count, repeats)
     return count, repeats
 
 
 @numba.njit(cache=True, nogil=True)
-def _draw(items, i, key):
+def draw(items, i, key):
     """Step i of a Fisher-Yates shuffle: swap a random one of ``items[i:]`` into place i and return it."""
-    j = i + np.int64(mix(key ^ mix(np.uint64(i))) % np.uint64(len(items) - i))
+    j = i + uniform_below(key ^ mix(np.uint64(i)), len(items) - i)
     items[i], items[j] = items[j], items[i]
     return items[i]
 
@@ -116,7 +109,7 @@ def _rank_repeated(repeated, votes, ends, ranked, key, min_votes, out_K):
     taken, i = min(filled, len(out_K)), 0
     for level in range(len(ends) - 1, lowest - 1, -1):
         for i in range(i, min(ends[level], taken)):  # noqa: B020  (each level goes on from the last)
-            out_K[i] = _draw(ranked[: ends[level]], i, key)
+            out_K[i] = draw(ranked[: ends[level]], i, key)
         i = min(ends[level], taken)
     return taken
 
@@ -130,38 +123,39 @@ def _rank(touched, repeated, votes, ends, ranked, key, min_votes, out_K):
     taken = _rank_repeated(repeated, votes, ends, ranked, key, max(min_votes, 2), out_K)
     i = 0
     while min_votes == 1 and taken < len(out_K) and i < len(touched):
-        c = _draw(touched, i, ~key)
+        c = draw(touched, i, ~key)
         i += 1
         if votes[c] == 1:
             out_K[taken] = c
             taken += 1
     out_K[taken:] = -1
+    if len(touched) * _CLEAR_RATIO > len(votes):
+        votes[:] = 0
+        return
     for i in range(len(touched)):
         votes[np.uint32(touched[i])] = 0
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def query_tables(offsets, ids, codes_NLV, keys_N, min_votes, max_bucket, votes_TC, capacity, out_NK):
+def query_tables(buckets, codes_NLV, keys_N, min_votes, votes_TC, capacity, out_NK):
     """Top k classes by votes for each query.
 
-    Reads `offsets`, `ids`; writes `out_NK`; leaves `votes_TC` zero. Deterministic: no atomics, one thread a
-    row.
+    Writes `out_NK`; leaves `votes_TC` zero. Deterministic: no atomics, one thread a row.
 
     Args:
-        offsets: int32 (L, B + 1).
-        ids: int32 (L, C).
+        buckets: `slidex.lsh.reading.Buckets`.
         codes_NLV: int32 (N, L, V).
         keys_N: uint64 (N,), one random key per query.
         min_votes: At least 1; classes with fewer votes are left out.
-        max_bucket: The most classes read from one bucket.
-        votes_TC: (T, C) scratch of zeros, unsigned, able to hold ``L * V``.
+        votes_TC: (T, C) scratch of zeros, unsigned, able to hold ``L * V``, or twice as much with insertion.
         capacity: The most classes one query can touch.
         out_NK: int64 (N, k).
     """
     threads = votes_TC.shape[0]
     num_rows = codes_NLV.shape[0]
-    levels = codes_NLV.shape[1] * codes_NLV.shape[2] + 1
+    levels = codes_NLV.shape[1] * codes_NLV.shape[2] * (2 if has_inserted(buckets) else 1) + 1
     for chunk in numba.prange(threads):
+        scratch = np.empty(scratch_size(buckets), dtype=np.int32)
         touched = np.empty(capacity + 1, dtype=np.int32)
         repeated = np.empty(capacity + 1, dtype=np.int32)
         ranked = np.empty(capacity, dtype=np.int32)
@@ -169,7 +163,7 @@ def query_tables(offsets, ids, codes_NLV, keys_N, min_votes, max_bucket, votes_T
         votes = votes_TC[chunk]
         for n in range(num_rows * chunk // threads, num_rows * (chunk + 1) // threads):
             key = keys_N[n]
-            count, repeats = _vote(offsets, ids, codes_NLV[n], key, max_bucket, votes, touched, repeated)
+            count, repeats = _vote(buckets, codes_NLV[n], key, scratch, votes, touched, repeated)
             _rank(touched[:count], repeated[:repeats], votes, ends, ranked, key, min_votes, out_NK[n])
 
 
@@ -192,7 +186,7 @@ def query_keys(codes_NLV, seed, step):
 
 
 @numba.njit(cache=True, nogil=True)
-def query_capacity(offsets, codes_NLV, max_bucket):
+def query_capacity(buckets, codes_NLV):
     """The most classes any of the queries can touch."""
     largest = 0
     for n in range(codes_NLV.shape[0]):
@@ -200,7 +194,10 @@ def query_capacity(offsets, codes_NLV, max_bucket):
         for t in range(codes_NLV.shape[1]):
             for v in range(codes_NLV.shape[2]):
                 bucket = codes_NLV[n, t, v]
-                total += min(offsets[t, bucket + 1] - offsets[t, bucket], max_bucket)
+                size = buckets.offsets[t, bucket + 1] - buckets.offsets[t, bucket]
+                total += min(size, buckets.limit)
+                if has_inserted(buckets):
+                    total += len(read_inserted(buckets, t, bucket))
         largest = max(largest, total)
     return largest
 
@@ -220,17 +217,15 @@ def _vote_range(ids, low, high, weight, votes, touched, count):
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def pool_votes(offsets, ids, codes_LM, key, max_bucket, votes, touched, counts_T):
+def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
     """Votes of a whole batch, each thread counting its own range of classes: no atomics.
 
     A bucket wanted by several queries is read once and its classes get that many votes.
 
     Args:
-        offsets: int32 (L, B + 1).
-        ids: int32 (L, C), ascending within a bucket.
+        buckets: `slidex.lsh.reading.Buckets`.
         codes_LM: int32 (L, M), all codes looked up in each table, sorted in place.
-        key: uint64; chooses what is read of a bucket larger than `max_bucket`.
-        max_bucket: The most classes read from one bucket.
+        key: uint64; places the windows of overfull buckets.
         votes: int32 (C,), zeros; receives the votes.
         touched: int32 (C,); thread t's touched classes are written from ``C * t // T`` on.
         counts_T: int64 (T,), receives how many classes each thread touched.
@@ -239,6 +234,7 @@ def pool_votes(offsets, ids, codes_LM, key, max_bucket, votes, touched, counts_T
         codes_LM[t].sort()
     threads, num_classes, num_codes = len(counts_T), len(votes), codes_LM.shape[1]
     for chunk in numba.prange(threads):
+        scratch = np.empty(scratch_size(buckets), dtype=np.int32)
         low, high = num_classes * chunk // threads, num_classes * (chunk + 1) // threads
         count = 0
         for t in range(codes_LM.shape[0]):
@@ -248,13 +244,13 @@ def pool_votes(offsets, ids, codes_LM, key, max_bucket, votes, touched, counts_T
                 bucket, run = codes[i], i
                 while i < num_codes and codes[i] == bucket:
                     i += 1
-                first = offsets[t, bucket]
-                row = ids[t, first : offsets[t, bucket + 1]]
-                bucket_key = key ^ mix(np.uint64(t) << np.uint64(32) | np.uint64(bucket))
-                start, take = _window(len(row), max_bucket, bucket_key)
-                tail = min(take, len(row) - start)
-                count = _vote_range(row[start : start + tail], low, high, i - run, votes, touched, count)
-                count = _vote_range(row[: take - tail], low, high, i - run, votes, touched, count)
+                ids, start, take = read_bucket(buckets, t, bucket, bucket_key(key, t, bucket), scratch)
+                tail = min(take, len(ids) - start)
+                count = _vote_range(ids[start : start + tail], low, high, i - run, votes, touched, count)
+                count = _vote_range(ids[: take - tail], low, high, i - run, votes, touched, count)
+                if has_inserted(buckets):
+                    inserted = read_inserted(buckets, t, bucket)
+                    count = _vote_range(inserted, low, high, i - run, votes, touched, count)
         counts_T[chunk] = count
 
 
