@@ -4,21 +4,22 @@ A random hyperplane separates a hidden vector from a class's row by their angle 
 that angle says little: hidden vectors share a large mean, rows a large common component, and how popular a class
 is shows in its norm and bias. So two linear maps are learned, one for queries and one for rows, and the random
 hyperplanes cut the space they lead to (the idea of MONGOOSE, ICLR 2021, and HALOS, MLSys 2022, with two maps in
-place of K·L hyperplanes, which costs the same for any number of tables and learns in seconds).
+place of K·L hyperplanes, which costs the same for any number of tables: about a second of one core at D = 128).
 
 What is minimised follows from what a table does. A row c is in the bucket of a query h with probability
-``p(h, c) = (1 - θ/π)^K``, θ their angle after the maps. Of the rows in that bucket a share
+``p(h, c) = (1 - θ/π)^K``, θ their angle after the maps, so that it makes up a share of
 
-    p(h, c) / max(Σ_i p(h, i), ~ mean load C / 2^K)
+    p(h, c) / (Σ_i p(h, i) + 0.2 C / 2^K)
 
-is c; the loss is the mean of -log of this share over the rows c that h should find: its true classes (HALOS) and
-the classes its softmax lies on. The sum over all classes i is estimated without bias from the batch's true classes,
-each counted once, and uniformly drawn classes, each counted for those it stands for. The floor under the load
-keeps rows and queries from fleeing each other, which would make buckets pure and empty.
+of what is read there. The loss is the mean of -log of this share over the rows c that h should find: its true
+classes (HALOS) and the classes its softmax lies on. The sum over all classes i is estimated without bias from the
+batch's true classes, each counted once, and uniformly drawn classes, each counted for those it stands for. The
+term beside it, a fifth of the mean bucket load, keeps rows and queries from fleeing each other, which would make
+buckets pure and empty.
 
-Maps and hyperplanes are multiplied and rounded to the small integers of SimHash, so that codes stay exact: updating
-one row equals rebuilding all. Vectors are standardised per coordinate before they are rounded to 8 bits; this acts
-on one entry at a time and is as exact.
+Maps and hyperplanes are multiplied and rounded to the small integers of SimHash, so that codes stay exact:
+updating one row equals rebuilding all. Vectors are standardised per coordinate before they are rounded to 8 bits;
+this acts on one entry at a time and is as exact.
 
 Legend: N rows in a batch, C classes, D hidden width, E = D + 1, K bits, L tables, B = K L hyperplanes, M vectors,
     P pairs of a row and a true class, U classes in the pool.
@@ -35,13 +36,11 @@ import torch
 
 from slidex.errors import DivergedError
 from slidex.lsh.hash_index import register_hash_family
-from slidex.lsh.index import check_integer
+from slidex.lsh.index import QuerySample, check_integer
 from slidex.lsh.simhash import SimHash, round_projections
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from slidex.lsh.index import QuerySample
 
 _LEARNING_STREAM = 0x1EA4
 _BATCH = 128
@@ -50,7 +49,8 @@ _STATISTICS_ROWS = 8192
 _CONSTANT = 4.0
 """The constant entry of a standardised vector, as large as its other entries get, so that no digits are lost."""
 _LOAD_FLOOR = 0.2
-"""In mean bucket loads. Higher reads more classes per query, lower finds fewer (0.2 to 1 measured alike)."""
+"""In mean bucket loads: at 1, recall is the same and a query reads three to four times as many classes; without it,
+buckets empty and recall falls (measured on four trained models)."""
 _STEP_SIZE = 0.4
 """Adam's step times D."""
 _LABEL_SHARE = 0.5
@@ -90,6 +90,7 @@ class LearnedSimHash(SimHash):
     ) -> None:
         super().__init__(in_features, bits=bits, tables=tables, seed=seed, probes=probes)
         check_integer("steps", "learned", steps, 1)
+        self.query_version = 0
         self._seed, self._steps = seed, steps
         self._plain_BE = self._row_projection_BE
         width = in_features + 1
@@ -104,11 +105,6 @@ class LearnedSimHash(SimHash):
             "row_projection": torch.zeros(len(self._plain_BE), width + 1, dtype=torch.int8),
             "query_projection": torch.zeros(len(self._plain_BE), width, dtype=torch.int8),
         }
-
-    @property
-    def query_version(self) -> int:  # pyrefly: ignore[bad-override]
-        """Rounds of learning so far."""
-        return int(self._learned["rounds"])
 
     @property
     def bytes(self) -> int:
@@ -129,10 +125,14 @@ class LearnedSimHash(SimHash):
         """One round of learning; without queries (None or no rows) nothing changes.
 
         Raises:
-            DivergedError: A hidden vector or a sampled row holds a value that is not finite.
+            DivergedError: A hidden vector or a sampled row holds a value that is not finite, or scores are
+                not finite.
         """
         if queries is None or len(queries.hidden_ND) == 0:
             return
+        queries = QuerySample(
+            _as_float(queries.hidden_ND), queries.label_indptr.cpu(), queries.label_ids.cpu()
+        )
         rounds = self.query_version
         source = np.random.Philox(key=[self._seed, _LEARNING_STREAM], counter=[0, 0, 0, rounds])
         generator = np.random.Generator(source)
@@ -142,6 +142,10 @@ class LearnedSimHash(SimHash):
                 learned |= _plain_maps(learned)
             learned |= self._improved(learned, weight_CD, bias_C, queries, generator)
             for side in ("row", "query"):
+                if not bool(torch.isfinite(learned[f"{side}_map"]).all()):
+                    raise DivergedError(
+                        "Hash functions cannot be learned: scores of classes are not finite; weights are too large."
+                    )
                 planes_BE = self._plain_BE @ learned[f"{side}_map"].T
                 planes_BE /= planes_BE.abs().amax(dim=1, keepdim=True)
                 rounded = torch.from_numpy(round_projections(planes_BE.numpy(), 127.0))
@@ -150,6 +154,7 @@ class LearnedSimHash(SimHash):
 
     def _adopt(self, learned: dict[str, torch.Tensor]) -> None:
         self._learned = learned
+        self.query_version = int(learned["rounds"])
         self._row_projection_BE = self._query_projection_BE = self._plain_BE
         if self.query_version > 0:
             self._row_projection_BE = learned["row_projection"].float()
@@ -174,7 +179,7 @@ class LearnedSimHash(SimHash):
         generator: np.random.Generator,
     ) -> dict[str, torch.Tensor]:
         """What was learned, with mean and spread of today's rows and queries."""
-        hidden_ND = _as_float(queries.hidden_ND)
+        hidden_ND = queries.hidden_ND
         if not bool(torch.isfinite(hidden_ND).all()):
             bad = int((~torch.isfinite(hidden_ND)).any(dim=1).nonzero()[0])
             raise DivergedError(f"Row {bad} of the hidden vectors holds a value that is not finite.")
@@ -200,13 +205,14 @@ class LearnedSimHash(SimHash):
         """Both maps after `steps` steps of Adam."""
         maps = {name: learned[name].clone().requires_grad_() for name in ("row_map", "query_map")}
         adam = torch.optim.Adam(maps.values(), lr=_STEP_SIZE / self._in_features)
-        num_classes, order = len(weight_CD), generator.permutation(len(queries.hidden_ND))
+        num_classes = len(weight_CD)
+        order = torch.from_numpy(generator.permutation(len(queries.hidden_ND)))
         for step in range(self._steps):
-            picked = order[np.arange(step * _BATCH, (step + 1) * _BATCH) % len(order)]
-            row_P, label_P = _true_pairs(queries, torch.from_numpy(picked), generator)
+            picked = order[torch.arange(step * _BATCH, (step + 1) * _BATCH) % len(order)]
+            row_P, label_P = _true_pairs(queries, picked, generator)
             ids_U, place_P, weight_U = _pool(label_P, num_classes, generator)
             rows_UE = _gather_rows(weight_CD, bias_C, ids_U)
-            hidden_ND = _as_float(queries.hidden_ND[picked])
+            hidden_ND = queries.hidden_ND[picked]
             scores_NU = torch.addmm(rows_UE[:, -1], hidden_ND, rows_UE[:, :-1].T)
             target_NU = (1 - _LABEL_SHARE) * (scores_NU + weight_U).softmax(dim=1)
             true_N = torch.bincount(row_P, minlength=_BATCH)
@@ -242,12 +248,11 @@ def _true_pairs(
     queries: QuerySample, picked_N: torch.Tensor, generator: np.random.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the batch and their true classes, int64 (P,) both; at random `_POOL` pairs where there are more."""
-    indptr, ids = queries.label_indptr.cpu(), queries.label_ids.cpu()
-    first_N = indptr[picked_N]
-    count_N = indptr[picked_N + 1] - first_N
+    first_N = queries.label_indptr[picked_N]
+    count_N = queries.label_indptr[picked_N + 1] - first_N
     row_P = torch.repeat_interleave(torch.arange(len(picked_N)), count_N)
     shift_N = first_N - (count_N.cumsum(dim=0) - count_N)
-    label_P = ids[torch.arange(len(row_P)) + shift_N[row_P]]
+    label_P = queries.label_ids[torch.arange(len(row_P)) + shift_N[row_P]]
     if len(row_P) <= _POOL:
         return row_P, label_P
     kept = torch.from_numpy(generator.choice(len(row_P), _POOL, replace=False))
@@ -277,8 +282,8 @@ def _plain_maps(learned: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     )
     row_map = torch.cat([row_spread.diag(), row_mean[None] / _CONSTANT])
     return {
-        "query_map": query_map / (query_mean.square() + query_spread.square()).sum().sqrt(),
-        "row_map": row_map / (row_mean.square() + row_spread.square()).sum().sqrt(),
+        "query_map": query_map / float(torch.cat([query_mean, query_spread]).double().norm()),
+        "row_map": row_map / float(torch.cat([row_mean, row_spread]).double().norm()),
     }
 
 
@@ -291,9 +296,11 @@ def _standardise(vectors_ME: torch.Tensor, mean_E: torch.Tensor, spread_E: torch
 
 def _spread(vectors_ME: torch.Tensor) -> torch.Tensor:
     """Standard deviation of each coordinate, none far below the others."""
-    spread_E = vectors_ME.std(dim=0, correction=0)
+    spread_E = vectors_ME.double().std(dim=0, correction=0)
     typical = float(spread_E.square().mean().sqrt())
-    return spread_E.clamp(min=_SMALLEST_SPREAD * typical) if typical > 0 else torch.ones_like(spread_E)
+    return (
+        spread_E.clamp(min=_SMALLEST_SPREAD * typical).float() if typical > 0 else torch.ones(len(spread_E))
+    )
 
 
 def _gather_rows(weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:

@@ -214,6 +214,8 @@ def test_values_that_are_not_finite_are_named(clustered) -> None:
         family.fit(weight_CD, bias_C, QuerySample(hidden_ND, queries.label_indptr, queries.label_ids))
     with pytest.raises(DivergedError, match=r"of class \d+ holds"):
         family.fit(weight_CD, torch.full_like(bias_C, math.nan), queries)
+    with pytest.raises(DivergedError, match="scores of classes are not finite"):
+        family.fit(3e37 * weight_CD.clamp(-1, 1), None, queries)
     assert all(value is before[name] for name, value in family.parameters().items())
 
 
@@ -228,3 +230,12 @@ def test_bad_settings_name_the_setting_its_limits_and_the_value(settings, parts)
     with pytest.raises(ConfigError) as caught:
         make_index("learned", WIDTH, CLASSES, seed=0, **settings)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_learning_does_not_depend_on_the_scale_of_weights_beyond_its_softmax(clustered) -> None:
+    weight_CD, bias_C, queries, _ = clustered
+    huge = 1e25 * weight_CD
+    family = made()
+    family.fit(huge, 1e25 * bias_C, queries)
+    codes_LC = family.hash_rows(huge, 1e25 * bias_C)
+    assert np.mean(codes_LC != fitted(clustered).hash_rows(weight_CD, bias_C)) < 0.2
