@@ -26,6 +26,7 @@ import torch
 
 import slidex
 from slidex.errors import ConfigError
+from slidex.lsh import index_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -249,6 +250,7 @@ def report(
         "gpu": _probe(_gpus),
         "numba_cuda": _probe(lambda: _installed("numba-cuda", "numba-cuda-mlir")),
         "faiss": _probe(_faiss),
+        "indexes": ", ".join(index_names()),
     }
     if num_classes is not None:
         available = memory.get("available_bytes") if isinstance(memory, dict) else None

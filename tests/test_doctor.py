@@ -182,6 +182,7 @@ def test_optional_packages_are_reported_by_the_wheel_that_brings_them(monkeypatc
 
     monkeypatch.setattr(doctor.importlib.metadata, "version", version)
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    assert "simhash" in report()["indexes"].split(", ")
     assert report()["faiss"].startswith("faiss-cpu 1.13.2, faiss-gpu-cuvs 1.14.0 (keep only one")
     assert report()["numba_cuda"] == "numba-cuda 0.30"
     present.clear()

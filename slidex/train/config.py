@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 from slidex.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
 
@@ -171,7 +171,7 @@ class TrainConfig:
         known = [item.name for item in fields(cls)]
         for name in merged:
             if name not in known:
-                raise ConfigError(f"There is no setting {name!r}.{_did_you_mean(name, known)}")
+                raise ConfigError(f"There is no setting {name!r}.{did_you_mean(name, known)}")
         if isinstance(merged.get("dense_widths"), list):
             merged["dense_widths"] = tuple(merged["dense_widths"])
         return cls(**merged)
@@ -235,7 +235,7 @@ def preset_settings(name: str) -> dict[str, Any]:
     """What the preset changes of the defaults; ConfigError if there is no such preset."""
     if name not in PRESETS:
         raise ConfigError(
-            f"There is no preset {name!r}.{_did_you_mean(name, PRESETS)} Presets: {', '.join(PRESETS)}."
+            f"There is no preset {name!r}.{did_you_mean(name, PRESETS)} Presets: {', '.join(PRESETS)}."
         )
     return PRESETS[name]
 
@@ -250,7 +250,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not valid TOML: {error}.") from error
 
 
-def _did_you_mean(name: str, known: Any) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names as a question with a space before it, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

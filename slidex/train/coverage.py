@@ -109,8 +109,8 @@ class CollapseWatch:
             return None
         self._told.append("coverage")
         return (
-            f"only {100 * coverage:.2g} % of the classes were negatives in epoch {epoch}; as many uniform random ones "
-            f"would have reached {100 * uniform:.2g} %. Classes that are never pushed down end up above the true ones. "
+            f"only {100 * coverage:.3g} % of the classes were negatives in epoch {epoch}; as many uniform random ones "
+            f"would have reached {100 * uniform:.3g} %. Classes that are never pushed down end up above the true ones. "
             f"{self._advice()}"
         )
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from slidex import doctor
 from slidex.errors import ConfigError
-from slidex.lsh import DriftSchedule, ExponentialSchedule, FixedSchedule, RehashSchedule
+from slidex.lsh import DriftSchedule, ExponentialSchedule, FixedSchedule, RehashSchedule, index_names
 from slidex.nn.classifier import make_config_index
 from slidex.threads import set_threads
+from slidex.train.config import did_you_mean
 
 if TYPE_CHECKING:
     from slidex.data import Dataset
@@ -34,6 +35,12 @@ def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
     """
     set_threads(config.threads)
     width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
+    names = ("none", *index_names())
+    if config.index not in names:
+        raise ConfigError(
+            f"The 'index' setting must be one of {', '.join(names)}. Got {config.index!r} instead."
+            f"{did_you_mean(config.index, names)}"
+        )
     make_config_index(config, width, dataset.num_classes)
     native_bf16 = doctor.has_native_bf16()
     if config.precision == "auto":

@@ -9,6 +9,7 @@ import pytest
 
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
+from slidex.train.coverage import CollapseWatch
 
 
 def listing(folder):
@@ -132,6 +133,54 @@ def test_resume_takes_the_settings_of_the_run(invoke, easy_data, tmp_path):
     result = invoke("train", easy_data.path, "--out", tmp_path / "no run", "--resume", code=1)
     assert "no run: is no run directory: it has no run.json" in result.stderr
     assert listing(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--index simhsh", "'index' setting must be one of none, "),
+        ("--index simhsh", "Got 'simhsh' instead. Did you mean 'simhash'?"),
+        ("--index-option tabels=3", "'tabels' setting is unknown to the 'simhash' index"),
+        ("--index-option tables=0", "'tables' parameter of "),
+        ("--index none --index-option bits=3", "'index_options' setting must be empty where 'index' is none"),
+        ("--batch-share 0.2", "'batch_share' setting must be 0 in {mode} mode"),
+        ("--batch-share 0.6", "'batch_share' setting must be at most 1 - 'random_share' (0.5). Got 0.6"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["exact", "shared"])
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    invoke, easy_data, tmp_path, mode, words, message
+):
+    out = tmp_path / "run"
+    result = invoke("train", easy_data.path, "--out", out, "--mode", mode, *words.split(), code=2)
+    assert message.format(mode=mode) in result.stderr
+    assert listing(tmp_path) == []
+
+
+def test_a_collapse_is_shown_as_one_line(invoke, easy_data, tmp_path):
+    mixture = [
+        "--mode",
+        "per_sample",
+        "--index",
+        "none",
+        "--random-power",
+        "1",
+        "--active-size",
+        "1",
+        "--batch-share",
+        "0",
+    ]
+    small = ("--max-steps", 10, "--batch-size", 100, "--hidden-width", 8, "--threads", 1)
+    original = CollapseWatch.epoch_ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            CollapseWatch, "epoch_ended", lambda watch, epoch, steps, _: original(watch, epoch, steps, 0.001)
+        )
+        result = invoke("train", easy_data.path, "--out", tmp_path / "run", *mixture, *small)
+    told = [line for line in result.stderr.splitlines() if "were negatives" in line]
+    assert len(told) == 1
+    assert told[0].startswith("warning: step 10: only 0.1 % of the classes were negatives in epoch 1;")
+    assert "'active_size' (now 1)" in told[0]
 
 
 def test_a_diverging_loss_has_its_own_exit_code(invoke, easy_data, tmp_path):

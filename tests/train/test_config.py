@@ -8,6 +8,7 @@ import pytest
 
 from slidex.errors import ConfigError
 from slidex.train.config import PRESETS, TrainConfig, read_toml
+from slidex.train.settle import settle
 
 FIELDS = dataclasses.fields(TrainConfig)
 
@@ -76,3 +77,26 @@ def test_toml_errors_name_the_file(tmp_path):
         read_toml(broken)
     broken.write_text("epochs = 3\n")
     assert read_toml(broken) == {"epochs": 3}
+
+
+def test_shares_of_the_mixture_add_up_to_one_at_most():
+    TrainConfig(random_share=0.75, batch_share=0.25)
+    with pytest.raises(
+        ConfigError, match=r"'batch_share' setting must be at most 1 - 'random_share' \(0\.75\)"
+    ):
+        TrainConfig(random_share=0.75, batch_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"mode": "per_sample"}, 0.25),
+        ({"mode": "per_sample", "random_share": 0.9}, 0.1),
+        ({"mode": "per_sample", "correction": "stratified"}, 0.0),
+        ({"mode": "per_sample", "correction": "stratified", "batch_share": 0.2}, 0.2),
+        ({"mode": "shared"}, 0.0),
+        ({"mode": "exact"}, 0.0),
+    ],
+)
+def test_the_batch_has_a_share_where_nothing_is_corrected(easy_data, settings, share):
+    assert settle(TrainConfig(**settings), easy_data).batch_share == pytest.approx(share)

@@ -35,6 +35,13 @@ MODES = {
     "random": {"mode": "shared", "index": "none", "index_options": {}, "rehash": "fixed", "loss": "logistic"},
 }
 
+FEW = {"mode": "shared", "batch_size": 16, "pool_size": 10, "rehash": "fixed", "rehash_every": 3}
+RESUMED = MODES | {
+    "updates of the index": FEW | {"index_options": {"bits": 3, "tables": 8, "center": True}},
+    "an index that learns": FEW | {"index": "learned", "index_sample": 300},
+    "a share of the batch": {"mode": "per_sample", "correction": "none", "batch_share": 0.3},
+}
+
 
 def config(**changes):
     return TrainConfig.from_mapping(SMALL | changes)
@@ -72,10 +79,10 @@ def test_the_index_finds_what_exact_scoring_finds(easy_data, tmp_path):
     assert indexed["P@1"] > exact["P@1"] - 0.02
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", RESUMED)
 @pytest.mark.parametrize("extra", [{}, {"dense_widths": [24], "input_dropout": 0.2, "hidden_dropout": 0.2}])
 def test_stopped_and_resumed_equals_unbroken(easy_data, tmp_path, mode, extra):
-    settings = config(**MODES[mode], **extra, max_steps=40)
+    settings = config(**RESUMED[mode], **extra, max_steps=40)
     whole = slidex.fit(easy_data, tmp_path / "whole", settings)
 
     def stop_at_20(event, facts):
@@ -87,8 +94,13 @@ def test_stopped_and_resumed_equals_unbroken(easy_data, tmp_path, mode, extra):
     parts = slidex.Run.open(tmp_path / "parts")
     assert list_checkpoints(parts.checkpoints)[-1].step == 20
     resumed = slidex.fit(easy_data, tmp_path / "parts", settings, resume=True)
+    if mode == "updates of the index":
+        assert sum(event["index_updates"] for event in whole.log() if event["event"] == "report") > 3
     expected, got = weights(whole), weights(resumed)
     assert expected.keys() == got.keys()
+    states = [run.checkpoint().state() for run in (whole, resumed)]
+    assert states[0]["collapse"] == states[1]["collapse"]
+    assert states[0].get("rehash") == states[1].get("rehash")
     for name, tensor in expected.items():
         assert torch.equal(tensor, got[name]), name
 
