@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.lsh.faiss_parts import check_device, inner_indexes, moved_share, part_bytes, reason
+from slidex.lsh.faiss_parts import check_device, clear_removed, inner_indexes, moved_share, part_bytes, reason
 from slidex.lsh.faiss_rows import faiss_call, load_faiss
 from slidex.lsh.index import check_integer, check_number
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Mapping
 
     from slidex.lsh.faiss_rows import RowEncoder
@@ -29,6 +30,8 @@ _LEAST_TRAIN_ROWS = 20_000
 _ANCHOR_ROWS = 4_096
 _KMEANS_ROUNDS = 5
 _FILL_ROWS = 65_536
+_SHARED_FLOATS = 1 << 20
+"""Waking a second thread for an index smaller than this costs more than it brings (milliseconds on busy cores)."""
 _MOST_GPU_CANDIDATES = 2_048
 _TRAIN_STREAM, _ANCHOR_STREAM = 0xFA15, 0xA2C0
 
@@ -116,8 +119,10 @@ class FaissStore:
         if self._is_flat:
             self._stored()[places] = rows
         elif self._has_movable_cells:
-            with faiss_call(self._faiss):
+            with self._calling():
+                before = self.loads()
                 self._index.remove_ids(places)
+                clear_removed(self._faiss, self._cells, before, self.loads())
                 self._index.add_with_ids(rows, places)
         else:
             self._fill(weight_CD, bias_C)
@@ -132,7 +137,7 @@ class FaissStore:
             check_integer("k", "a FAISS index on a GPU", k, 1, _MOST_GPU_CANDIDATES)
         if len(queries) == 0:
             return np.empty((0, k), dtype=np.int64)
-        with faiss_call(self._faiss):
+        with self._calling():
             return self._searcher.search(queries, k)[1]
 
     def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor) -> float:
@@ -278,6 +283,8 @@ class FaissStore:
                     owner.cp.niter, owner.cp.seed = _KMEANS_ROUNDS, self._seed % (1 << 31)
                     # `_train` sees to enough rows; FAISS would print a warning for each quantiser.
                     owner.cp.min_points_per_centroid = 1
+            if hasattr(part, "do_polysemous_training"):
+                part.do_polysemous_training = False  # minutes, for a filter that is not used here
             if hasattr(part, "hnsw"):
                 part.hnsw.efConstruction = self._ef_construction or part.hnsw.efConstruction
                 part.hnsw.efSearch = self._ef_search or part.hnsw.efSearch
@@ -294,12 +301,15 @@ class FaissStore:
         cells = 0 if self._cells is None else self._cells.nlist
         wanted = self._train_rows or max(_TRAIN_ROWS_PER_CELL * cells, _LEAST_TRAIN_ROWS)
         rows = self._encoder.rows(weight_CD, bias_C, self._sample(wanted, _TRAIN_STREAM))
-        centres = max([cells, *(part.pq.ksub for part in self._parts if hasattr(part, "pq"))])
-        if len(rows) < centres:  # k-means wants a row per centre: give it the few there are several times
-            rows = np.resize(rows, (centres, rows.shape[1]))
+        # k-means wants a row per centre, and OPQ 39 for each of 256: give it the few there are several times.
+        fewest = max([cells, *(part.pq.ksub for part in self._parts if hasattr(part, "pq"))])
+        if any(hasattr(part, "chain") for part in self._parts):
+            fewest = max(fewest, ROWS_PER_CELL * 256)
+        if len(rows) < fewest:
+            rows = np.resize(rows, (fewest, rows.shape[1]))
         self._adopt(self._make())
         self._tune()
-        with faiss_call(self._faiss, 1 if self._has_graph else None):
+        with self._calling(filling=True):
             try:
                 self._index.train(rows)
             except RuntimeError as error:
@@ -318,14 +328,18 @@ class FaissStore:
         else:  # a graph that is reset goes on with its old random numbers
             self._adopt(self._make())
             self._tune()
-        # FAISS links a graph in the order in which its threads get there: one thread, one graph.
-        with faiss_call(self._faiss, 1 if self._has_graph else None):
+        with self._calling(filling=True):
             for first in range(0, self._num_classes, _FILL_ROWS):
                 ids = torch.arange(first, min(first + _FILL_ROWS, self._num_classes))
                 self._index.add(self._encoder.rows(weight_CD, bias_C, ids))
         self.rows_written = self._num_classes
         self.ready = True
         self._to_device()
+
+    def _calling(self, *, filling: bool = False) -> contextlib.AbstractContextManager[None]:
+        small = self._num_classes * self._encoder.width < _SHARED_FLOATS
+        # FAISS links a graph in the order in which its threads get there: one thread, one graph.
+        return faiss_call(self._faiss, 1 if small or (filling and self._has_graph) else None)
 
     def _to_device(self) -> None:
         """Copy the index to the GPU, whole: FAISS's GPU indexes cannot change single rows."""
@@ -346,7 +360,7 @@ class FaissStore:
 
     def _place(self, rows: np.ndarray) -> np.ndarray:
         """Where FAISS files rows: their cells, int64 (M,), or else what it keeps of them, (M, width)."""
-        with faiss_call(self._faiss):
+        with self._calling():
             if self._cells is not None:
                 for part in self._around_cells:
                     for i in range(part.chain.size() if hasattr(part, "chain") else 0):
