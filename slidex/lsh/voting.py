@@ -18,6 +18,7 @@ from slidex.lsh.reading import (
     bucket_key,
     has_inserted,
     mix,
+    prefetch_bucket,
     read_bucket,
     read_inserted,
     scratch_size,
@@ -67,6 +68,8 @@ def _vote(buckets, codes_LV, key, scratch, votes, touched, repeated):
     versions = codes_LV.shape[1]
     for t in range(codes_LV.shape[0]):
         for v in range(versions):
+            if t + 1 < codes_LV.shape[0]:
+                prefetch_bucket(buckets, t + 1, codes_LV[t + 1, v])
             ids, start, take = read_bucket(
                 buckets, t, codes_LV[t, v], key + np.uint64(t * versions + v), scratch
             )
