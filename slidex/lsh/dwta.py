@@ -227,7 +227,7 @@ def _find_runners_up(values_ER, bins_BS, digits_BR, best_BR, seconds_BR, leads_B
     """
     for b in range(len(bins_BS)):
         digit_R, second_R, low_R = digits_BR[b], seconds_BR[b], leads_BR[b]
-        second_R[:] = digit_R == 0
+        second_R[:] = 0
         low_R[:] = -np.inf
         for s in range(bins_BS.shape[1]):
             value_R = values_ER[bins_BS[b, s]]
@@ -336,5 +336,5 @@ def _pack_versions(digits_J, seconds_J, leads_J, digit_bits, bits, codes_V):
                 nearest = j
         replaced |= 1 << nearest
         change = (np.int64(digits_J[nearest] ^ seconds_J[nearest]) << (nearest * digit_bits)) & mask
-        # Where a shortened digit hides the difference, its lowest bit makes one.
+        # Without a runner-up, or where a shortened digit hides the difference, the lowest bit makes one.
         codes_V[v] = code ^ (change if change != 0 else 1 << (nearest * digit_bits))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slidex.errors import ConfigError
+from slidex.errors import ConfigError, DivergedError
 from slidex.lsh import make_index
 from slidex.lsh.dwta import Dwta, _draw_bins, _draw_walks
 
@@ -118,6 +118,18 @@ def test_bins_are_cut_from_permutations() -> None:
         assert len(set(coordinates)) == len(coordinates)
     assert len(np.unique(bins[::3], axis=0)) == 5
     assert set(bins.ravel().tolist()) == set(range(27))
+
+
+def test_the_first_of_several_bad_rows_is_named() -> None:
+    rows = torch.randn(200, WIDTH, generator=torch.Generator().manual_seed(4))
+    rows[[40, 45, 130], 3] = torch.tensor([math.inf, math.nan, -math.inf])
+    family = Dwta(WIDTH, bits=6, tables=3, seed=1)
+    with pytest.raises(DivergedError, match="class 40 "):
+        family.hash_rows(rows, None)
+    with pytest.raises(DivergedError, match="class 130 "):
+        family.hash_rows(rows, None, torch.tensor([3, 130, 45]))
+    with pytest.raises(DivergedError, match="Row 40 "):
+        family.hash_queries(rows)
 
 
 def test_chunks_subsets_layouts_and_types_give_the_same_codes(monkeypatch) -> None:
