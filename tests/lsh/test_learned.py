@@ -60,10 +60,12 @@ def test_learning_raises_recall_at_the_same_budget(clustered) -> None:
     assert learned > plain + 0.4
 
 
-def test_rounds_go_on_from_each_other(clustered) -> None:
+def test_rounds_go_on_from_each_other_on_fresh_draws(clustered) -> None:
     queries = clustered[2]
-    one, five = recall(clustered, queries, steps=5), recall(clustered, queries, rounds=5, steps=5)
-    assert five > one + 0.1
+    one, two = recall(clustered, queries, steps=5), recall(clustered, queries, steps=5, rounds=2)
+    assert two > one + 0.1
+    first, second = (fitted(clustered, rounds).parameters()["row_mean"] for rounds in (1, 2))
+    assert not torch.equal(first, second)
 
 
 def test_without_queries_it_is_plain_simhash(clustered) -> None:
@@ -94,8 +96,15 @@ def test_a_build_without_queries_keeps_what_was_learned(clustered) -> None:
     assert all(torch.equal(before[name], value) for name, value in family.parameters().items())
 
 
-def test_learning_is_the_same_for_any_number_of_threads_and_under_inference_mode(clustered) -> None:
+def test_learning_runs_on_one_thread_and_under_inference_mode(clustered, monkeypatch) -> None:
     first = fitted(clustered, rounds=2).parameters()
+    threads_seen = set()
+
+    def spy(*arguments):
+        threads_seen.add(torch.get_num_threads())
+        return _pool(*arguments)
+
+    monkeypatch.setattr("slidex.lsh.learned._pool", spy)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -104,6 +113,7 @@ def test_learning_is_the_same_for_any_number_of_threads_and_under_inference_mode
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+    assert threads_seen == {1}
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert int(first["rounds"]) == 2
 
