@@ -15,7 +15,15 @@ from slidex.lsh import exact_topk, index_settings, make_index, recall_at_k
 faiss = pytest.importorskip("faiss")
 
 WIDTH = 16
-ANY_FACTORY = ("IVF8,Flat", "PQ4x4fs", "OPQ4_16,IVF8,PQ4x4fsr", "IVF8_HNSW8,SQ8", "SQ8", "IVF8,PQ4x4,RFlat")
+ANY_FACTORY = (
+    "Flat",
+    "IVF8,Flat",
+    "PQ4x4fs",
+    "OPQ4_16,IVF8,PQ4x4fsr",
+    "IVF8_HNSW8,SQ8",
+    "SQ8",
+    "IVF8,PQ4x4,RFlat",
+)
 PLAIN = {
     "faiss-flat": {},
     "faiss-ivf": {},
