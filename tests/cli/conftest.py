@@ -31,7 +31,10 @@ TRAIN_SMALL = (
     *("--epochs", "30", "--checkpoint-every", "1000", "--valid-every", "100", "--report-every", "50"),
     *("--threads", "1"),
 )
-SMALL_INDEX = ("--mode", "shared", "--pool-size", "100", "--index-option", "bits=3", "--index-option", "tables=8")
+SMALL_INDEX = (
+    *("--mode", "shared", "--pool-size", "100"),
+    *("--index-option", "bits=3", "--index-option", "tables=8"),
+)
 
 Invoke = Callable[..., Result]
 Start = Callable[..., subprocess.Popen[str]]
