@@ -1,8 +1,9 @@
-"""What the documentation says is run: commands, Python, links, names of options and tests, the settings table.
+"""What the documentation says is run: commands, Python, links, names of options and tests, tables of settings.
 
 Every document is followed from top to bottom in an empty folder. A fenced block with ``file=NAME`` after its language
 is written there; ``python`` blocks run in one namespace; lines of ``sh`` blocks and ``$`` lines of ``console`` blocks
 run as commands, slidex within this process. A ``console`` block that shows an ``Error:`` line must fail with it.
+Commands that ask for a FAISS index are left out where faiss is not installed.
 Preparing the standard library reads 40 files and training takes 20 steps, so that all of it is quick.
 
 ``python tests/test_docs.py`` writes the current settings table into docs/training.md.
@@ -11,6 +12,7 @@ Preparing the standard library reads 40 files and training takes 20 steps, so th
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -24,6 +26,8 @@ import pytest
 from click.testing import CliRunner
 
 from slidex.cli import main
+from slidex.lsh import index as registry
+from slidex.lsh import index_names, index_settings
 from slidex.train import loop
 from slidex.train.config import TrainConfig
 
@@ -33,6 +37,9 @@ TABLE_MARKS = ("<!-- settings: written by python tests/test_docs.py -->\n", "<!-
 SET_UP = {"pip", "python3", "python", ".venv/bin/pip", "git", "cd", "source", "."}
 """Commands of installation, which whoever runs this test has behind them."""
 SMALL_SOURCES, FEW_STEPS = "40", 20
+FAISS = importlib.util.find_spec("faiss") is not None
+HASH_SETTINGS = "Hash indexes"
+"""The section of docs/indexes.md with the settings that all hash indexes share."""
 
 named = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
@@ -104,7 +111,7 @@ def run_line(line: str) -> tuple[int, str]:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder, in which preparing and training are quick."""
+    """An empty current folder, in which preparing and training are quick; indexes registered here are forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SLIDEX_PREPARE_PYTHON_SOURCE_MAX_FILES", SMALL_SOURCES)
     fit = loop.fit
@@ -114,6 +121,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return fit(dataset, out, dataclasses.replace(config, max_steps=steps), **options)
 
     monkeypatch.setattr(loop, "fit", fit_briefly)
+    for name in ("_FACTORIES", "_SETTINGS"):
+        monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
     return tmp_path
 
 
@@ -128,6 +137,8 @@ def test_every_block_runs(document: Path, small: Path) -> None:
             exec(compile("\n" * block.line + block.text, document, "exec"), namespace)  # noqa: S102
         elif block.language in {"sh", "console"}:
             for line, shown in commands(block):
+                if "--index faiss" in line and not FAISS:
+                    continue
                 expected = [text for text in shown if text.startswith("Error: ")]
                 code, errors = run_line(line)
                 assert bool(code) == bool(expected), f"{place}: {line}\nexit code {code}\n{errors}"
@@ -175,13 +186,21 @@ def settings_table() -> str:
     hints = get_type_hints(TrainConfig)
     rows = ["| setting | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     for item in dataclasses.fields(TrainConfig):
-        names = {None: "not set", (): "none", True: "true", False: "false", dataclasses.MISSING: "none"}
-        default = names.get(item.default, item.default)
+        default = "none" if item.default is dataclasses.MISSING else shown(item.default)
         help_text = item.metadata["help"].replace("|", "\\|")
         rows.append(
             f"| `{item.name}` | {default} | {allowed(hints[item.name], item.metadata)} | {help_text} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def shown(default: object) -> str:
+    """A default as tables of settings show it."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    if isinstance(default, float):
+        return f"{default:g}"
+    return {None: "not set", (): "none"}.get(default, str(default))
 
 
 def allowed(hint: Any, limits: Any) -> str:
@@ -204,6 +223,36 @@ def test_the_settings_table_is_current() -> None:
     text = (ROOT / "docs" / "training.md").read_text()
     shown = text.split(TABLE_MARKS[0])[1].split(TABLE_MARKS[1])[0]
     assert shown == settings_table(), "run: python tests/test_docs.py"
+
+
+def shown_defaults(text: str, section: str) -> dict[str, str]:
+    """The settings in the tables of one section of a document, with their defaults."""
+    body = re.search(
+        rf"^#+ `?{re.escape(section)}`?\n(.*?)(?=^#+ |\Z)", prose(text), re.MULTILINE | re.DOTALL
+    )
+    assert body, f"no section {section}"
+    return dict(re.findall(r"^\| `(\w+)` \| (.*?) \| [^|]+ \|$", body[1], re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", index_names())
+def test_the_settings_of_an_index_are_current(name: str) -> None:
+    text = (ROOT / "docs" / "indexes.md").read_text()
+    settings = index_settings(name)
+    told = shown_defaults(text, name)
+    if "tables" in settings:
+        told |= shown_defaults(text, HASH_SETTINGS)
+    assert told == {setting: shown(default) for setting, default in settings.items()}
+
+
+def test_defaults_are_shown_as_what_they_are() -> None:
+    assert [shown(value) for value in (0, 1, 0.0, 1e-8, 1 / 3)] == ["0", "1", "0", "1e-08", "0.333333"]
+    assert [shown(value) for value in (False, True, None, (), "auto")] == [
+        "false",
+        "true",
+        "not set",
+        "none",
+        "auto",
+    ]
 
 
 def test_the_parts_of_a_document_are_told_apart() -> None:

@@ -3,8 +3,17 @@
 import slidex.lsh.faiss_factories  # noqa: F401  (registers its indexes)
 from slidex.lsh.dwta import Dwta
 from slidex.lsh.exact import ExactIndex, exact_topk, recall_at_k
+from slidex.lsh.faiss_index import FaissIndex
 from slidex.lsh.hash_index import HashFamily, HashIndex, register_hash_family
-from slidex.lsh.index import CandidateIndex, IndexStats, index_names, index_settings, make_index
+from slidex.lsh.index import (
+    CandidateIndex,
+    IndexStats,
+    QuerySample,
+    index_names,
+    index_settings,
+    make_index,
+    register_index,
+)
 from slidex.lsh.learned import LearnedSimHash
 from slidex.lsh.sampler import ClassSampler
 from slidex.lsh.schedule import (
@@ -22,11 +31,13 @@ __all__ = [
     "Dwta",
     "ExactIndex",
     "ExponentialSchedule",
+    "FaissIndex",
     "FixedSchedule",
     "HashFamily",
     "HashIndex",
     "IndexStats",
     "LearnedSimHash",
+    "QuerySample",
     "RehashSchedule",
     "SimHash",
     "exact_topk",
@@ -35,4 +46,5 @@ __all__ = [
     "make_index",
     "recall_at_k",
     "register_hash_family",
+    "register_index",
 ]

@@ -10,16 +10,6 @@ from slidex.lsh import make_index
 from slidex.lsh.hash_index import automatic_bits
 from slidex.lsh.simhash import SimHash, draw_projections
 
-PAIRS = 100_000
-
-
-def unit_pairs(count: int, width: int, angle: float) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(int(angle * 10))
-    first = torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
-    other = torch.randn(count, width, generator=generator)
-    other = torch.nn.functional.normalize(other - (other * first).sum(1, keepdim=True) * first, dim=1)
-    return first, math.cos(angle) * first + math.sin(angle) * other
-
 
 def assert_rate(hits: int, trials: int, expected: float) -> None:
     assert abs(hits / trials - expected) < 5 * math.sqrt(expected * (1 - expected) / trials)
@@ -28,25 +18,6 @@ def assert_rate(hits: int, trials: int, expected: float) -> None:
 def levels_of(rows: np.ndarray) -> np.ndarray:
     largest = np.abs(rows).max(axis=1, keepdims=True)
     return np.rint(rows / largest * np.float32(255)).astype(np.int64)
-
-
-@pytest.mark.parametrize("angle", [0.1, 0.6, math.pi / 2, 2.5])
-def test_collision_rate_of_a_bit_is_theory(angle: float) -> None:
-    # Isotropic pairs meet a fixed hyperplane as independent trials.
-    first, second = unit_pairs(PAIRS, 24, angle)
-    family = SimHash(24, bits=1, tables=1, seed=1)
-    hits = int((family.hash_rows(first, None) == family.hash_rows(second, None)).sum())
-    assert_rate(hits, PAIRS, 1 - angle / math.pi)
-
-
-@pytest.mark.parametrize("bits", [2, 5])
-@pytest.mark.parametrize("angle", [0.1, 0.6, 1.2])
-def test_collision_rate_of_a_code_is_theory(angle: float, bits: int) -> None:
-    # One pair against many tables: the hyperplanes are the independent trials.
-    first, second = unit_pairs(1, 24, angle)
-    family = SimHash(24, bits=bits, tables=PAIRS // bits, seed=2)
-    hits = int((family.hash_rows(first, None) == family.hash_rows(second, None)).sum())
-    assert_rate(hits, PAIRS // bits, (1 - angle / math.pi) ** bits)
 
 
 def test_queries_and_rows_collide_as_h1_and_wb_do() -> None:
