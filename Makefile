@@ -31,10 +31,12 @@ format: $(STAMP)  ## apply ruff's fixes and layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## reproduce the figures in docs/performance.md: ten minutes on idle cores
+bench: $(STAMP)  ## reproduce the figures in docs/performance.md: about forty minutes on idle cores
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.indexes
+	$(BIN)/python -m benchmarks.time_to_accuracy --part indexes
+	$(BIN)/python -m benchmarks.time_to_accuracy --part schedules
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache

@@ -5,14 +5,14 @@ Legend: N rows, C classes, D hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
-from slidex.lsh import ClassSampler, make_index
+from slidex.lsh import ClassSampler, index_settings, make_index
 from slidex.nn.candidates import CandidateSelector
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PREDICT_ROWS = 512
 """Rows scored at once in prediction."""
+SHARED_TABLES = 8
+"""Hash tables in training where the whole batch votes, unless `index_options` say otherwise (docs/performance.md)."""
 PREDICT_CANDIDATES = 1024
 """Classes asked of the index for each row in indexed prediction."""
 
@@ -67,7 +69,7 @@ class Classifier:
         )
         index = None
         if config.mode != "exact":
-            index = make_config_index(config, encoder.out_features, num_classes)
+            index = make_config_index(_for_training(config), encoder.out_features, num_classes)
         negatives = config.pool_size if config.mode == "shared" else config.active_size
         batch = round(negatives * (config.batch_share or 0.0))
         random = negatives - batch if index is None else round(negatives * config.random_share)
@@ -124,6 +126,13 @@ class Classifier:
                 if index is not None:
                     candidates_NA = index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
                 yield self.head.topk(hidden_ND, k, candidates_NA=candidates_NA)
+
+
+def _for_training(config: TrainConfig) -> TrainConfig:
+    """The settings with the number of hash tables that suits the mode; prediction asks row by row and needs more."""
+    if config.mode != "shared" or config.index == "none" or "tables" not in index_settings(config.index):
+        return config
+    return replace(config, index_options={"tables": SHARED_TABLES, **config.index_options})
 
 
 def make_config_index(config: TrainConfig, in_features: int, num_classes: int) -> CandidateIndex | None:

@@ -111,7 +111,7 @@ class TrainConfig:
     rehash_growth: float = _setting(1.5, "Exponential: each gap is this many times the last.", low=1.0)
     rehash_max_gap: int = _setting(2000, "Exponential and drift: longest gap in steps.", low=1)
     rehash_drift: float = _setting(
-        0.1, "Drift: share of changed codes that triggers a rehash.", low=0.0, high=1.0
+        0.2, "Drift: share of changed codes that triggers a rehash.", low=0.0, high=1.0
     )
 
     # Optimiser

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 import slidex
 from slidex.data import NameList
 from slidex.errors import CheckpointError, ConfigError
-from slidex.nn.classifier import Classifier
+from slidex.nn.classifier import Classifier, make_config_index
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
 
@@ -224,16 +224,20 @@ class Run:
                     f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
                 ) from error
         if indexed:
-            if model.index is None:
+            index = model.index
+            if index is None:
                 raise ConfigError(f"{self.path}: was trained without an index; use exact scoring.")
-            if model.index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
+            if index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
                 try:
-                    model.index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
+                    index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
                 except ConfigError as error:
                     raise CheckpointError(
                         f"{checkpoint.path / 'index'}.safetensors: does not fit run.json: {error}"
                     ) from error
-            model.index.build(model.head.weight, model.head.bias)
+            elif own := make_config_index(self.config, index.in_features, index.num_classes):
+                index = own  # with as many tables as single rows need
+            index.build(model.head.weight, model.head.bias)
+            model = replace(model, index=index)
         return model
 
 

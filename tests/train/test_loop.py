@@ -12,6 +12,8 @@ import torch
 
 import slidex
 from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
+from slidex.lsh import index_settings
+from slidex.nn.classifier import SHARED_TABLES
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
 from slidex.train.settle import learning_rate
@@ -244,3 +246,12 @@ def test_learning_rate_schedules():
     np.testing.assert_allclose(rates["constant"][2:], 0.02)
     np.testing.assert_allclose(np.diff(rates["linear"][2:]), -0.02 / 8)
     assert rates["cosine"][6] == pytest.approx(0.01)
+
+
+def test_shared_mode_trains_with_fewer_tables_than_single_rows_are_predicted_with(easy_data, tmp_path):
+    run = slidex.fit(easy_data, tmp_path / "run", config(mode="shared", index_options={"bits": 3}))
+    assert run.model().index.stats().tables == SHARED_TABLES
+    assert run.model(indexed=True).index.stats().tables == index_settings("simhash")["tables"] > SHARED_TABLES
+    chosen = config(mode="shared", index_options={"bits": 3, "tables": 5})
+    run = slidex.fit(easy_data, tmp_path / "chosen", chosen)
+    assert run.model().index.stats().tables == run.model(indexed=True).index.stats().tables == 5
