@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from typing import TYPE_CHECKING, Protocol
 
 import numba
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 _CODE_BITS = 16
+_OLDEST_FAISS = (1, 14, 2)
+"""With versions before, IVF fast-scan scores rows wrongly after an update (tests/lsh/test_faiss.py fails)."""
 
 
 def load_faiss() -> ModuleType:
     """The module `faiss`.
 
     Raises:
-        MissingExtraError: It is not installed, or only an empty folder is left of it, as happens where two of
-            its packages were installed and one was removed.
+        MissingExtraError: It is not installed, too old, or only an empty folder is left of it, as happens where
+            two of its packages were installed and one was removed.
     """
     try:
         faiss = importlib.import_module("faiss")
@@ -42,6 +45,11 @@ def load_faiss() -> ModuleType:
         raise MissingExtraError(
             "The FAISS indexes need the package faiss; what is installed under that name is empty. Uninstall "
             "every faiss package, then install one with: pip install 'slidex[faiss]'"
+        )
+    if tuple(int(part) for part in re.findall(r"\d+", faiss.__version__)[:3]) < _OLDEST_FAISS:
+        raise MissingExtraError(
+            f"The FAISS indexes need faiss {'.'.join(map(str, _OLDEST_FAISS))} or newer: older ones score updated "
+            f"rows wrongly. Found {faiss.__version__}. Install it with: pip install 'slidex[faiss]'"
         )
     return faiss
 

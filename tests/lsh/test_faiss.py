@@ -63,6 +63,14 @@ def test_a_missing_faiss_is_told_with_the_extra_that_brings_it(monkeypatch, inst
         make_index("faiss-flat", WIDTH, 10)
 
 
+def test_a_faiss_that_scores_updated_rows_wrongly_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(faiss, "__version__", "1.13.2")
+    with pytest.raises(MissingExtraError, match=r"faiss 1\.14\.2 or newer.*Found 1\.13\.2\."):
+        make_index("faiss-flat", WIDTH, 10)
+    monkeypatch.setattr(faiss, "__version__", "1.14.2.post1")
+    make_index("faiss-flat", WIDTH, 10)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_flat_is_the_exact_answer_for_any_type_of_float(dtype) -> None:
     weight_CD, bias_C, hidden_ND = (part.to(dtype) for part in clustered(700))
