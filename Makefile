@@ -31,7 +31,7 @@ format: $(STAMP)  ## apply ruff's fixes and layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## reproduce the figures in docs/performance.md: about forty minutes on idle cores
+bench: $(STAMP)  ## reproduce the figures in docs/performance.md: long; each part has --help
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.indexes

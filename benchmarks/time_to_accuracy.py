@@ -71,8 +71,8 @@ def cells(curve: list[Point], target: float) -> dict[str, float | None]:
 @click.option("--modes", help="Default: the modes in which the part matters.")
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, help="Directory of the raw sets.")
 @click.option("--threads", type=int, help="Default: all cores.")
-@click.option("--points", default=10, show_default=True, help="Measurements of accuracy in a run.")
-@click.option("--test-rows", default=4096, show_default=True, help="Rows that accuracy is measured on.")
+@click.option("--points", default=6, show_default=True, help="Measurements of accuracy in a run.")
+@click.option("--test-rows", default=2048, show_default=True, help="Rows that accuracy is measured on.")
 def main(
     sets: str,
     part: str,

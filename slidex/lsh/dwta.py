@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.hash_index import MAX_BITS, register_hash_family
+from slidex.lsh.hash_index import MAX_BITS, code_dtype, register_hash_family, row_not_hashable
 from slidex.lsh.index import check_integer
 
 if TYPE_CHECKING:
@@ -86,11 +86,6 @@ class Dwta:
         self._width = in_features + 1
 
     @property
-    def code_dtype(self) -> np.dtype:
-        """Type of stored codes: uint16 up to 16 bits, int32 beyond."""
-        return np.dtype(np.uint16 if self.bits <= 16 else np.int32)
-
-    @property
     def bytes(self) -> int:
         """Memory of the bins and their probe sequences."""
         return sum(array.nbytes for array in self._functions)
@@ -118,13 +113,13 @@ class Dwta:
             ids: int64 (M,), the rows to hash; None for all.
 
         Returns:
-            `code_dtype` (L, C), or (L, M).
+            (L, C), or (L, M), of type `code_dtype`.
 
         Raises:
             DivergedError: A row holds a value that is not finite.
         """
         count = len(weight_CD) if ids is None else len(ids)
-        codes_LC = np.empty((self.tables, count), dtype=self.code_dtype)
+        codes_LC = np.empty((self.tables, count), dtype=code_dtype(self.bits))
         step = _BLOCK_ROWS * max(1, _CHUNK_VALUES // (_BLOCK_ROWS * self._width))
         for first in range(0, count, step):
             rows = slice(first, first + step) if ids is None else ids[first : first + step]
@@ -133,11 +128,7 @@ class Dwta:
             codes_LM = codes_LC[:, first : first + step]
             bad = _hash_rows(weight_MD, bias_M, *self._functions, self._digit_bits, self.bits, codes_LM)
             if bad >= 0:
-                row = first + bad if ids is None else int(ids[first + bad])
-                raise DivergedError(
-                    f"The weight row or bias of class {row} holds a value that is not finite; "
-                    "it cannot be hashed."
-                )
+                raise row_not_hashable(int(first + bad), ids)
         return codes_LC
 
     def hash_queries(self, hidden_ND: torch.Tensor) -> np.ndarray:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slidex.errors import ConfigError
 from slidex.lsh.faiss_index import FaissIndex
 from slidex.lsh.faiss_rows import FloatRows, SignRows
 from slidex.lsh.faiss_store import FaissStore, most_cells
-from slidex.lsh.index import check_integer, register_index
+from slidex.lsh.index import check_integer, keyword_settings, register_index
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _PROBED_CELLS = 32
+_TRAINED = ("train_rows", "retrain_share", "device")
+"""Settings of `FaissStore` that every index with quantisers has."""
 
 
 def automatic_cells(num_classes: int) -> int:
@@ -31,19 +37,29 @@ def _cells(num_classes: int, nlist: int | None, nprobe: int | None) -> tuple[int
     return nlist, min(_PROBED_CELLS, nlist) if nprobe is None else nprobe
 
 
-@register_index("faiss")
+_Factory = TypeVar("_Factory", bound="Callable[..., FaissIndex]")
+
+
+def _register(name: str, *store_settings: str) -> Callable[[_Factory], _Factory]:
+    """Register a factory that has its own settings and hands those named on to `FaissStore`, with its defaults."""
+
+    def register(factory: _Factory) -> _Factory:
+        defaults = keyword_settings(FaissStore)
+        handed_on = {setting: defaults[setting] for setting in store_settings}
+        return register_index(name, keyword_settings(factory) | handed_on)(factory)
+
+    return register
+
+
+@_register("faiss", "nprobe", "ef_search", *_TRAINED)
 def faiss_index(
     in_features: int,
     num_classes: int,
     *,
     seed: int,
     factory: str = "Flat",
-    nprobe: int | None = None,
-    ef_search: int | None = None,
     k_factor: int = 1,
-    train_rows: int | None = None,
-    retrain_share: float | None = 0.1,
-    device: str = "cpu",
+    **store_settings: Any,
 ) -> FaissIndex:
     """Whatever a FAISS factory string names.
 
@@ -53,12 +69,8 @@ def faiss_index(
         seed: See `FaissStore`.
         factory: For inner products over vectors of width D + 1; where it has ``PQm``, padded with zeros to a
             multiple of m. ``PQ65`` wastes nothing at D = 128, ``PQ64`` a third.
-        nprobe: See `FaissStore`; FAISS's own number is 1.
-        ef_search: See `FaissStore`; FAISS's own number is 16.
         k_factor: See `FaissIndex`.
-        train_rows: See `FaissStore`.
-        retrain_share: See `FaissStore`.
-        device: See `FaissStore`.
+        store_settings: See `FaissStore`; FAISS's own `nprobe` is 1, its `ef_search` 16.
     """
     quantised = re.search(r"(?<!O)PQ(\d+)", factory) if isinstance(factory, str) else None
     store = FaissStore(
@@ -66,30 +78,26 @@ def faiss_index(
         num_classes,
         factory=factory,
         seed=seed,
-        nprobe=nprobe,
-        ef_search=ef_search,
-        train_rows=train_rows,
-        retrain_share=retrain_share,
-        device=device,
+        **store_settings,
     )
     return FaissIndex(in_features, num_classes, store, seed=seed, k_factor=k_factor)
 
 
-@register_index("faiss-flat")
-def faiss_flat_index(in_features: int, num_classes: int, *, seed: int, device: str = "cpu") -> FaissIndex:
+@_register("faiss-flat", "device")
+def faiss_flat_index(in_features: int, num_classes: int, *, seed: int, **store_settings: Any) -> FaissIndex:
     """Exact scores of a copy of the rows.
 
     Args:
         in_features: Hidden width D.
         num_classes: C.
         seed: See `FaissIndex`.
-        device: See `FaissStore`.
+        store_settings: See `FaissStore`.
     """
-    store = FaissStore(FloatRows(in_features), num_classes, factory="Flat", seed=seed, device=device)
+    store = FaissStore(FloatRows(in_features), num_classes, factory="Flat", seed=seed, **store_settings)
     return FaissIndex(in_features, num_classes, store, seed=seed)
 
 
-@register_index("faiss-ivf")
+@_register("faiss-ivf", *_TRAINED)
 def faiss_ivf_index(
     in_features: int,
     num_classes: int,
@@ -97,9 +105,7 @@ def faiss_ivf_index(
     seed: int,
     nlist: int | None = None,
     nprobe: int | None = None,
-    train_rows: int | None = None,
-    retrain_share: float | None = 0.1,
-    device: str = "cpu",
+    **store_settings: Any,
 ) -> FaissIndex:
     """Rows filed in cells around k-means centres; the nearest cells are searched, exactly (IVF-Flat).
 
@@ -109,9 +115,7 @@ def faiss_ivf_index(
         seed: See `FaissStore`.
         nlist: Cells, 1 to C / 39; None for `automatic_cells`.
         nprobe: Cells searched per query, 1 to nlist; None for 32, or all where there are fewer.
-        train_rows: See `FaissStore`.
-        retrain_share: See `FaissStore`.
-        device: See `FaissStore`.
+        store_settings: See `FaissStore`.
     """
     nlist, nprobe = _cells(num_classes, nlist, nprobe)
     store = FaissStore(
@@ -120,14 +124,12 @@ def faiss_ivf_index(
         factory=f"IVF{nlist},Flat",
         seed=seed,
         nprobe=nprobe,
-        train_rows=train_rows,
-        retrain_share=retrain_share,
-        device=device,
+        **store_settings,
     )
     return FaissIndex(in_features, num_classes, store, seed=seed)
 
 
-@register_index("faiss-pq")
+@_register("faiss-pq", *_TRAINED)
 def faiss_pq_index(
     in_features: int,
     num_classes: int,
@@ -138,9 +140,7 @@ def faiss_pq_index(
     m: int | None = None,
     bits: int = 4,
     k_factor: int = 2,
-    train_rows: int | None = None,
-    retrain_share: float | None = 0.1,
-    device: str = "cpu",
+    **store_settings: Any,
 ) -> FaissIndex:
     """Cells of product-quantised rows (Jégou et al. 2011), ranked by exact score at the end (IVF-PQ).
 
@@ -154,15 +154,14 @@ def faiss_pq_index(
             numbers.
         bits: Bits of a part's code: 4, scanned in registers (fast-scan, André et al. 2017) on CPUs only, or 8.
         k_factor: See `FaissIndex`.
-        train_rows: See `FaissStore`.
-        retrain_share: See `FaissStore`.
-        device: See `FaissStore`; "cuda" needs `bits` 8.
+        store_settings: See `FaissStore`; on the device "cuda" `bits` must be 8.
     """
     nlist, nprobe = _cells(num_classes, nlist, nprobe)
     m = math.ceil((in_features + 1) / 2) if m is None else m
     check_integer("m", "make_index", m, 1, in_features + 1)
-    if bits not in (4, 8) or isinstance(bits, bool) or (bits == 4 and device == "cuda"):
-        limits = "8 on a GPU" if device == "cuda" else "4 or 8"
+    on_gpu = store_settings.get("device") == "cuda"
+    if bits not in (4, 8) or isinstance(bits, bool) or (bits == 4 and on_gpu):
+        limits = "8 on a GPU" if on_gpu else "4 or 8"
         raise ConfigError(f"The 'bits' parameter of make_index must be {limits}. Got {bits!r} instead.")
     store = FaissStore(
         FloatRows(in_features, m),
@@ -170,14 +169,12 @@ def faiss_pq_index(
         factory=f"IVF{nlist},PQ{m}x{'4fsr' if bits == 4 else '8'}",
         seed=seed,
         nprobe=nprobe,
-        train_rows=train_rows,
-        retrain_share=retrain_share,
-        device=device,
+        **store_settings,
     )
     return FaissIndex(in_features, num_classes, store, seed=seed, k_factor=k_factor)
 
 
-@register_index("faiss-hnsw")
+@_register("faiss-hnsw")
 def faiss_hnsw_index(
     in_features: int,
     num_classes: int,
@@ -209,7 +206,7 @@ def faiss_hnsw_index(
     return FaissIndex(in_features, num_classes, store, seed=seed)
 
 
-@register_index("faiss-binary")
+@_register("faiss-binary", *_TRAINED)
 def faiss_binary_index(
     in_features: int,
     num_classes: int,
@@ -220,9 +217,7 @@ def faiss_binary_index(
     nlist: int | None = None,
     nprobe: int | None = None,
     k_factor: int = 4,
-    train_rows: int | None = None,
-    retrain_share: float | None = 0.1,
-    device: str = "cpu",
+    **store_settings: Any,
 ) -> FaissIndex:
     """SimHash codes nearest by Hamming distance, ranked by exact score at the end.
 
@@ -235,9 +230,7 @@ def faiss_binary_index(
         nlist: See `faiss_ivf_index`; 0 for no cells: all codes are scanned and nothing is trained.
         nprobe: See `faiss_ivf_index`; only with cells.
         k_factor: See `FaissIndex`.
-        train_rows: See `FaissStore`.
-        retrain_share: See `FaissStore`.
-        device: See `FaissStore`.
+        store_settings: See `FaissStore`.
     """
     check_integer("bits", "make_index", bits, 16, 65_536)
     if bits % 16:
@@ -254,8 +247,6 @@ def faiss_binary_index(
         factory=factory,
         seed=seed,
         nprobe=nprobe,
-        train_rows=train_rows,
-        retrain_share=retrain_share,
-        device=device,
+        **store_settings,
     )
     return FaissIndex(in_features, num_classes, store, seed=seed, k_factor=k_factor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from slidex.errors import ConfigError
+from slidex.errors import ConfigError, DivergedError
 from slidex.lsh.index import (
     IndexStats,
     QuerySample,
@@ -59,8 +59,6 @@ class HashFamily(Protocol):
     query_version: int
 
     @property
-    def code_dtype(self) -> np.dtype: ...  # noqa: D102
-    @property
     def bytes(self) -> int: ...  # noqa: D102
     def fit(  # noqa: D102
         self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, queries: QuerySample | None
@@ -71,6 +69,19 @@ class HashFamily(Protocol):
         self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
     ) -> np.ndarray: ...
     def hash_queries(self, hidden_ND: torch.Tensor) -> np.ndarray: ...  # noqa: D102
+
+
+def code_dtype(bits: int) -> np.dtype:
+    """Type of stored codes of `bits` bits: uint16 up to 16, which halves their memory, int32 beyond."""
+    return np.dtype(np.uint16 if bits <= 16 else np.int32)
+
+
+def row_not_hashable(row: int, ids: torch.Tensor | None) -> DivergedError:
+    """The error for a class row that is not finite: row `row` of all, or of those that `ids` name."""
+    name = row if ids is None else int(ids[row])
+    return DivergedError(
+        f"The weight row or bias of class {name} holds a value that is not finite; it cannot be hashed."
+    )
 
 
 def automatic_bits(num_classes: int) -> int:
@@ -167,7 +178,8 @@ class HashIndex:
         version = self.family.query_version
         self.family.fit(weight_CD, bias_C, queries)
         self._insert(queries, forget=self.family.query_version != version)
-        self.tables.build(self.family.hash_rows(weight_CD, bias_C))
+        codes_LC = self.family.hash_rows(weight_CD, bias_C)
+        self.tables.build(codes_LC.astype(code_dtype(self.family.bits), copy=False))
         self._built = True
         self._builds += 1
         self._build_seconds = time.perf_counter() - started
@@ -258,7 +270,7 @@ class HashIndex:
         check_weights("HashIndex.load_state", weight_CD, bias_C, self.num_classes, self.in_features)
         own = {name: torch.from_numpy(value) for name, value in self.tables.inserted.state().items()}
         expected = {
-            "codes": ((self.family.tables, self.num_classes), str(self.family.code_dtype)),
+            "codes": ((self.family.tables, self.num_classes), str(code_dtype(self.family.bits))),
             **_shapes({**own, **self.family.parameters()}),
         }
         found = _shapes(state)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.hash_index import MAX_BITS, register_hash_family
+from slidex.lsh.hash_index import MAX_BITS, code_dtype, register_hash_family, row_not_hashable
 from slidex.lsh.index import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -110,11 +110,6 @@ class SimHash:
         self._max_norm = torch.zeros(1)
 
     @property
-    def code_dtype(self) -> np.dtype:
-        """Type of stored codes: uint16 up to 16 bits, which halves their memory, int32 beyond."""
-        return np.dtype(np.uint16 if self.bits <= 16 else np.int32)
-
-    @property
     def bytes(self) -> int:
         """Memory of the projections."""
         shared = self._query_projection_BE is self._row_projection_BE
@@ -157,23 +152,19 @@ class SimHash:
             ids: int64 (M,), the rows to hash; None for all.
 
         Returns:
-            `code_dtype` (L, C), or (L, M).
+            (L, C), or (L, M), of type `code_dtype`.
 
         Raises:
             DivergedError: A row holds a value that is not finite.
         """
         count = len(weight_CD) if ids is None else len(ids)
-        codes_LC = np.empty((self.tables, count), dtype=self.code_dtype)
+        codes_LC = np.empty((self.tables, count), dtype=code_dtype(self.bits))
         projection = self._row_projection_BE.to(self._row_dtype)
         for first, chunk in self._extended_chunks(weight_CD, bias_C, ids):
             rows = self._prepare_rows(chunk)
             bad = _quantise(rows)
             if bad >= 0:
-                row = first + bad if ids is None else int(ids[first + bad])
-                raise DivergedError(
-                    f"The weight row or bias of class {row} holds a value that is not finite; "
-                    "it cannot be hashed."
-                )
+                raise row_not_hashable(first + bad, ids)
             signs_BM = torch.mm(projection, rows.to(self._row_dtype).T)
             # A bfloat16 above zero is an int16 above zero: numba needs no bfloat16 type.
             view = signs_BM.view(torch.int16) if signs_BM.dtype == torch.bfloat16 else signs_BM

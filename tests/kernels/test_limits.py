@@ -56,9 +56,19 @@ def test_maximum_orders_all_finite_and_infinite_floats(dtype: type) -> None:
         for sign in (1, -1):
             x = (sign * np.abs(rng.standard_normal(size)) * 1e4).astype(dtype)
             assert maximum(x) == x.max()
+            assert maximum.py_func(x) == x.max()
     assert maximum(np.array([-np.inf, -5], dtype)) == -5
     assert maximum(np.array([-np.inf], dtype)) == -np.inf
     assert maximum(np.array([-1, np.inf], dtype)) == np.inf
+
+
+def test_vector_exponentials_can_be_called_from_python() -> None:
+    x = np.linspace(-20, 0, 50)
+    compiled = np.empty_like(x)
+    _map_exp(x, compiled)
+    np.testing.assert_array_equal([exp_nonpositive(value) for value in x], compiled)
+    _map_log1p(-x / 20, compiled)
+    np.testing.assert_array_equal([log1p_unit(value) for value in -x / 20], compiled)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -33,6 +33,10 @@ VARIANTS = [(name, {}) for name in index_names()] + [
     ("simhash", {"bits": 3, "tables": 12, "max_bucket": 30, "overflow": "first", "budget": "first_come"}),
     ("dwta", {"bits": 5, "tables": 30, "probes": 3, "bin_size": 4, "min_votes": 2}),
 ]
+UNSEEDED = ("exact", "faiss", "faiss-flat", "faiss-ivf", "faiss-pq", "faiss-hnsw")
+"""They draw nothing, or search so much of a small index that what they draw does not show in the answers."""
+SEEDED = [variant for variant in VARIANTS if variant[0] not in UNSEEDED]
+TAUGHT = [variant for variant in VARIANTS if variant[0] == "learned" or "insert" in variant[1]]
 FITTED = ("norm_augmentation", "center")
 # Every index takes weights and hidden vectors from wherever they lie, and answers there.
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -224,13 +228,6 @@ class TestContract:
         rows = torch.cat([again.query(row[None], 30, step=4) for row in hidden_ND])
         assert_same(rows, expected_NK, exactly=not is_faiss(variant))
 
-    def test_another_seed_is_another_index(self, variant, device) -> None:
-        if variant[0] == "exact" or (is_faiss(variant) and "binary" not in variant[0]):
-            pytest.skip("draws nothing that its answers depend on at this size")
-        weight_CD, bias_C, hidden_ND = problem(900, device=device)
-        answers = [built(variant, weight_CD, bias_C, seed).query(hidden_ND, 30) for seed in (3, 4)]
-        assert not torch.equal(*answers)
-
     def test_repeated_calls_leave_no_trace(self, variant, device) -> None:
         weight_CD, bias_C, hidden_ND = problem(900, device=device)
         index = built(variant, weight_CD, bias_C)
@@ -292,20 +289,6 @@ class TestContract:
         assert torch.equal(plain.query(hidden_ND, 60, step=1), answer) is not taught.uses_queries
         taught.build(weight_CD, bias_C)  # without queries: what was learned stays
         assert torch.equal(taught.query(hidden_ND, 60, step=1), answer)
-
-    def test_update_of_a_taught_index_equals_rebuild_with_what_it_learned(self, variant, device) -> None:
-        if not empty(variant, 400).uses_queries:
-            pytest.skip("learns nothing")
-        weight_CD, bias_C, hidden_ND = problem(400, device=device)
-        index = built(variant, weight_CD, bias_C, queries=sample(400, device))
-        weight_CD[:20].neg_()
-        index.update(weight_CD, bias_C, torch.arange(20, device=device))
-        rebuilt = empty(variant, 400)
-        rebuilt.load_state(index.state(), weight_CD, bias_C)
-        rebuilt.build(weight_CD, bias_C)
-        for ours, theirs in zip(index.state().values(), rebuilt.state().values(), strict=True):
-            assert torch.equal(ours, theirs)
-        assert torch.equal(index.query(hidden_ND, 50, step=2), rebuilt.query(hidden_ND, 50, step=2))
 
     def test_use_before_build_is_refused(self, variant, device) -> None:
         weight_CD, bias_C, hidden_ND = problem(30, device=device)
@@ -446,3 +429,30 @@ def test_recall_counts_shared_ids() -> None:
     assert recall_at_k(exact, exact) == 1.0
     with pytest.raises(ConfigError, match="as many rows"):
         recall_at_k(ours[:1], exact)
+
+
+@pytest.mark.parametrize(("variant", "device"), parameters(SEEDED))
+def test_another_seed_is_another_index(variant, device) -> None:
+    weight_CD, bias_C, hidden_ND = problem(900, device=device)
+    answers = [built(variant, weight_CD, bias_C, seed).query(hidden_ND, 30) for seed in (3, 4)]
+    assert not torch.equal(*answers)
+
+
+def test_every_index_that_learns_is_listed() -> None:
+    known = [variant for variant in VARIANTS if FAISS or not is_faiss(variant)]
+    assert [variant for variant in known if empty(variant, 10).uses_queries] == TAUGHT
+
+
+@pytest.mark.parametrize(("variant", "device"), parameters(TAUGHT))
+def test_update_of_a_taught_index_equals_rebuild_with_what_it_learned(variant, device) -> None:
+    assert empty(variant, 400).uses_queries
+    weight_CD, bias_C, hidden_ND = problem(400, device=device)
+    index = built(variant, weight_CD, bias_C, queries=sample(400, device))
+    weight_CD[:20].neg_()
+    index.update(weight_CD, bias_C, torch.arange(20, device=device))
+    rebuilt = empty(variant, 400)
+    rebuilt.load_state(index.state(), weight_CD, bias_C)
+    rebuilt.build(weight_CD, bias_C)
+    for ours, theirs in zip(index.state().values(), rebuilt.state().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(index.query(hidden_ND, 50, step=2), rebuilt.query(hidden_ND, 50, step=2))

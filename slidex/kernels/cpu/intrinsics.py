@@ -55,12 +55,12 @@ def prefetch_row(matrix, row):
 
 
 def exp_nonpositive(x):
-    """``exp(x)`` for x <= 0, usable in njit code; -inf gives 0, NaN gives NaN.
+    """``exp(x)`` for x <= 0; -inf gives 0, NaN gives NaN. The body is for plain Python, njit code has its own.
 
     float32: ``2^n * p(r)`` with ``x = n ln 2 + r``, |r| <= ln(2)/2, p of degree 7; relative error below 2e-7;
     values under the smallest normal number become 0. float64: ``math.exp``.
     """
-    raise NotImplementedError
+    return math.exp(x)
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})
@@ -90,12 +90,12 @@ def _exp_nonpositive(x):
 
 
 def log1p_unit(x):
-    """``log(1 + x)`` for x in [0, 1], usable in njit code.
+    """``log(1 + x)`` for x in [0, 1]. The body is for plain Python, njit code has its own.
 
     float32: ``2 atanh(s)`` with ``s = x / (2 + x) <= 1/3``, eight terms; relative error below 3e-7. float64:
     ``math.log1p``.
     """
-    raise NotImplementedError
+    return math.log1p(x)
 
 
 @njit(nogil=True, error_model="numpy", fastmath={"contract"})
@@ -120,13 +120,15 @@ def _log1p_unit(x):
 
 
 def _to_ordered(x):
-    """Integer whose order is that of the floats; for njit code."""
-    raise NotImplementedError
+    """Integer whose order is that of the floats: of a NumPy scalar here, of any float in njit code."""
+    bits = x.view(f"i{x.itemsize}")
+    return bits ^ ((bits >> (8 * x.itemsize - 1)) & np.iinfo(bits.dtype).max)
 
 
 def _from_ordered(bits):
-    """Inverse of `_to_ordered`; for njit code."""
-    raise NotImplementedError
+    """Inverse of `_to_ordered`."""
+    flipped = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+    return flipped.view(f"f{bits.itemsize}")
 
 
 @njit(nogil=True)
