@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from slidex.lsh import make_index
+from slidex.errors import DivergedError
+from slidex.lsh import HashIndex, make_index
 from slidex.lsh.hash_index import automatic_bits
 from slidex.lsh.simhash import SimHash, draw_projections
 
@@ -174,3 +175,29 @@ def test_drift_is_the_share_of_changed_codes() -> None:
 )
 def test_automatic_bits_aim_at_the_target_load(num_classes: int, bits: int) -> None:
     assert automatic_bits(num_classes) == bits
+
+
+def test_chosen_rows_are_hashed_as_among_all_over_several_chunks(monkeypatch) -> None:
+    monkeypatch.setattr("slidex.lsh.simhash._CHUNK_PROJECTIONS", 1)  # 64 rows a chunk
+    generator = torch.Generator().manual_seed(0)
+    weight_CD, bias_C = torch.randn(500, 8, generator=generator), torch.randn(500, generator=generator)
+    family = SimHash(8, bits=6, tables=4, seed=0)
+    ids = torch.randperm(500, generator=generator)[:200]
+    codes_LC = family.hash_rows(weight_CD, bias_C)
+    assert np.array_equal(family.hash_rows(weight_CD, bias_C, ids), codes_LC[:, ids.numpy()])
+    weight_CD[ids[150], 3] = torch.nan
+    with pytest.raises(DivergedError, match=f"class {int(ids[150])} "):
+        family.hash_rows(weight_CD, bias_C, ids)
+
+
+def test_codes_of_a_wider_type_are_stored_in_the_smallest() -> None:
+    class Wide(SimHash):
+        def hash_rows(self, weight_CD, bias_C, ids=None):
+            return super().hash_rows(weight_CD, bias_C, ids).astype(np.int64)
+
+    weight_CD, queries_ND = torch.randn(305, 8, generator=torch.Generator().manual_seed(0)).split([300, 5])
+    index, other = (HashIndex(8, 300, Wide(8, bits=5, tables=6, seed=0), seed=0) for _ in range(2))
+    index.build(weight_CD)
+    assert index.state()["codes"].dtype == torch.uint16
+    other.load_state(index.state(), weight_CD)
+    assert torch.equal(other.query(queries_ND, 9), index.query(queries_ND, 9))
