@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INDEXES: dict[str, tuple[str, dict[str, Any]]] = {
     "exact": ("exact", {}),
     "simhash": ("simhash", {}),
+    "simhash, 9 bits": ("simhash", {"bits": 9}),
     "simhash, 16 tables": ("simhash", {"tables": 16}),
     "simhash, 2 probes": ("simhash", {"probes": 2}),
     "simhash, sparse": ("simhash", {"projection": "sparse"}),
@@ -130,7 +131,7 @@ def measure(
 
 
 @click.command(help=__doc__)
-@click.option("--sets", default=",".join(SETTINGS), show_default=True)
+@click.option("--sets", default=",".join(SETTINGS), show_default=True, help="Also random-N: N Gaussian rows.")
 @click.option(
     "--indexes", default=";".join(INDEXES), help="Lines of the table, separated by semicolons; default: all."
 )

@@ -46,7 +46,9 @@ class TrainedModel:
 
 
 def trained(name: str, data: Path) -> TrainedModel:
-    """The trained model of the set `name`, from the cache or made now (3.4 million classes: some minutes)."""
+    """The trained model of the set `name`, from the cache or made now; ``random-N`` for `random_rows` of N classes."""
+    if name.startswith("random-"):
+        return random_rows(int(name.removeprefix("random-")))
     path = CACHE / "models" / f"{name}.pt"
     if not path.exists():
         dataset = load(name, data)
@@ -71,6 +73,17 @@ def trained(name: str, data: Path) -> TrainedModel:
         for split in ("train", "test")
     ]
     return TrainedModel(name, parts["weight"], parts["bias"], *samples)
+
+
+def random_rows(num_classes: int, width: int = 128) -> TrainedModel:
+    """Gaussian rows, for what an index costs at a size; hidden vectors are rows with noise, labelled by them."""
+    generator = torch.Generator().manual_seed(0)
+    weight_CD = torch.randn(num_classes, width, generator=generator)
+    bias_C = 0.1 * torch.randn(num_classes, generator=generator)
+    ids = torch.randint(num_classes, (TEST_ROWS,), generator=generator)
+    hidden_ND = weight_CD[ids] + torch.randn(TEST_ROWS, width, generator=generator)
+    sample = QuerySample(hidden_ND, torch.arange(TEST_ROWS + 1), ids)
+    return TrainedModel(f"random-{num_classes}", weight_CD, bias_C, sample, sample)
 
 
 def _hidden(trainer: Trainer, dataset: Dataset, split_name: str, count: int) -> QuerySample:
