@@ -251,6 +251,8 @@ def observe(
         timer: Seconds, wall-clock or CPU.
     """
     trainer.total_steps = steps + WARM_UP
+    head, index = trainer.model.head, trainer.model.index
+    assert index is not None
     clock, batches, spent = Clock(timer), [], []
     with timed(trainer, clock):
         source = trainer.batches()
@@ -260,7 +262,9 @@ def observe(
             with clock.running("other"):
                 trainer.train_step(x, y)
             seconds, kept = clock.take()
-            if trainer.step > WARM_UP:
+            if trainer.step == WARM_UP:
+                index.update(head.weight, head.bias, torch.tensor([0]))  # compiles, so that no rehash has to
+            elif trainer.step > WARM_UP:
                 batches.append(sizes(trainer, x, y, kept))
                 spent.append(seconds)
             clock.take()  # what counting took is nobody's
