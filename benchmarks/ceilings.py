@@ -19,6 +19,9 @@ from slidex.kernels.cpu.intrinsics import prefetch_row
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MOST_TABLE_BYTES = 2 << 30
+"""A table of scattered rows is no larger: caches, also those of page addresses, have long been left behind."""
+
 
 def measure_ceilings(
     batch: Batch,
@@ -33,7 +36,7 @@ def measure_ceilings(
 
     Args:
         batch: Gives the shapes of the products, the scores' size, and the width of scattered rows.
-        table_rows: Rows of the table that scattered rows are read from: as many as the real one.
+        table_rows: Rows of the table that scattered rows are read from: as many as the real one has.
         dtype: Of the products.
         timer: Seconds, wall-clock or CPU.
         stream_mb: Size of the arrays beyond the caches.
@@ -53,12 +56,14 @@ def measure_ceilings(
             seconds.append(timer() - started)
         return units / max(min(seconds), 1e-9)
 
+    shape = min(table_rows, MOST_TABLE_BYTES // (4 * batch.width)), batch.width
+    tables: dict[str, Callable[[], np.ndarray]] = {
+        "torch": lambda: torch.ones(shape).numpy(),
+        "numpy": lambda: np.ones(shape, dtype=np.float32),
+    }
     scattered = {
-        owner: dict(zip(("rows", "updates"), _scattered(table, batch.classes, best), strict=True))
-        for owner, table in (
-            ("torch", torch.ones(table_rows, batch.width).numpy()),
-            ("numpy", np.ones((table_rows, batch.width), dtype=np.float32)),
-        )
+        owner: dict(zip(("rows", "updates"), _scattered(make(), batch.classes, best), strict=True))
+        for owner, make in tables.items()
     }
     source, target = (np.ones(stream_mb << 18, dtype=np.float32) for _ in range(2))
     scores = np.ones(batch.scores, dtype=np.float32)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from slidex.kernels import cpu as kernels
 from slidex.train.config import TrainConfig
@@ -165,6 +166,14 @@ def test_time_within_a_stage_inside_another_counts_once() -> None:
     assert kept == {"len": 4}
     assert not clock.kept
     assert not clock.spent
+
+
+def test_the_bytes_of_a_row_follow_what_its_optimiser_keeps() -> None:
+    stages = importlib.import_module("benchmarks.stages")
+    weight_CD, moments_CD, root_C1 = torch.zeros(10, 4), torch.zeros(10, 4), torch.zeros(10, 1)
+    assert stages._row_bytes(weight_CD, moments_CD, moments_CD) == 48
+    assert stages._row_bytes(weight_CD, moments_CD, root_C1) == 36
+    assert stages._row_bytes(weight_CD, moments_CD[:0], root_C1) == 20
 
 
 @pytest.mark.parametrize("mode", ["shared", "per_sample"])
