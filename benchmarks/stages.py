@@ -4,7 +4,7 @@ A real `Trainer` trains on a real set; the functions that a step calls are timed
 inside it, so the stages add up to the step. Milliseconds are medians over the steps, those of the rehash its sum over
 the steps divided by their number (the index is built in the warm-up; later in a run the gaps grow, and it costs less).
 `benchmarks.roofline` has the formulas, and `benchmarks.ceilings` measures the rates in this process with its threads:
-"floor" has scattered rows at the bandwidth of scattered rows, "streamed" all bytes at that of long runs. "faults" are
+"floor" has scattered rows at the bandwidth of scattered rows, "stream" all bytes at that of long runs. "faults" are
 pages of memory that the system had to hand out. Batches are read beside the step: "data" is the wait for them. With
 ``--clock cpu`` all times, those behind the rates too, are CPU seconds of the training thread, which other work on the
 machine disturbs less; that needs ``--threads 1``. Run it as ``python -m benchmarks.stages``.
@@ -51,7 +51,7 @@ WARM_UP = 5
 UPDATE = "adam"
 """How the names of the kernels that update rows end."""
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
-COLUMNS = ("MB", "MFLOP", "streamed ms", "floor ms", "ms", "ms / floor", "share %", "faults")
+COLUMNS = ("MB", "MFLOP", "stream ms", "floor ms", "ms", "ms / floor", "share %", "faults")
 
 
 class Clock:
@@ -225,7 +225,7 @@ def table(
                 "stage": stage.name,
                 "MB": typical([work.bytes for work in works]) / 1e6,
                 "MFLOP": typical([work.flops for work in works]) / 1e6,
-                "streamed ms": 1e3 * typical([ceilings.stream_floor(work) for work in works]),
+                "stream ms": 1e3 * typical([ceilings.stream_floor(work) for work in works]),
                 "floor ms": 1e3 * floor,
                 "ms": 1e3 * taken,
                 "ms / floor": taken / floor if floor else None,
@@ -234,7 +234,7 @@ def table(
         )
     step = sum(line["ms"] for line in lines)
     totals = {
-        key: sum(line[key] for line in lines) for key in ("MB", "MFLOP", "streamed ms", "floor ms", "faults")
+        key: sum(line[key] for line in lines) for key in ("MB", "MFLOP", "stream ms", "floor ms", "faults")
     }
     lines.append({"stage": "step", **totals, "ms": step, "ms / floor": step / totals["floor ms"]})
     return [{**line, "share %": 100 * line["ms"] / step} for line in lines]
@@ -282,6 +282,7 @@ def measure(dataset: Dataset, config: TrainConfig, steps: int, timer: Callable[[
     return {
         "mode": head.mode,
         "steps": steps,
+        "settings": trainer.config.to_mapping(),
         "batch": asdict(typical),
         "ceilings": asdict(ceilings),
         "scattered": scattered,
@@ -294,10 +295,20 @@ def measure(dataset: Dataset, config: TrainConfig, steps: int, timer: Callable[[
 @click.option("--modes", default=",".join(MODES), show_default=True)
 @click.option("--batch", default=256, show_default=True, help="Rows in a step.")
 @click.option("--steps", default=100, show_default=True, help="Steps that count.")
+@click.option("--optimizer", help="Rule of the row updates; default: that of the settings.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", show_default=True)
 @click.option("--data", type=click.Path(path_type=Path), default=RAW, help="Directory of the raw sets.")
-def main(name: str, modes: str, batch: int, steps: int, threads: int | None, clock: str, data: Path) -> None:
+def main(
+    name: str,
+    modes: str,
+    batch: int,
+    steps: int,
+    optimizer: str | None,
+    threads: int | None,
+    clock: str,
+    data: Path,
+) -> None:
     """Print the tables and write them as JSON."""
     if clock == "cpu" and threads != 1:
         raise click.UsageError("--clock cpu times one thread: it needs --threads 1.")
@@ -311,7 +322,8 @@ def main(name: str, modes: str, batch: int, steps: int, threads: int | None, clo
     dataset = load(name, data)
     results: list[dict[str, Any]] = []
     for mode in modes.split(","):
-        config = TrainConfig(mode=mode, batch_size=batch, epochs=1000, threads=threads)
+        settings = {"mode": mode, "batch_size": batch, "epochs": 1000, "threads": threads}
+        config = TrainConfig.from_mapping(settings | ({"optimizer": optimizer} if optimizer else {}))
         result: dict[str, Any] = {
             "set": name,
             "clock": clock,
