@@ -2,7 +2,8 @@
 
 A vectoriser is saved as JSON and ``.npy`` files, never as a pickle, so that a data set from a stranger cannot
 run code. Words, counts and hashes are scikit-learn's; what is added here is fitting tf-idf on a stream
-(scikit-learn wants all documents at once) and putting it back together from a file.
+(scikit-learn wants all documents at once) and putting it back together from a file. scikit-learn takes a second to
+import and training needs none of it, so it is imported where a text vectoriser is made.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 
 from slidex.data.csr import CsrArrays
 from slidex.data.python_tokens import TokenTable, context_features, tokenise
@@ -22,6 +22,8 @@ from slidex.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfVectorizer
 
 _SETTINGS, _VOCABULARY, _IDF = "vectorizer.json", "vocabulary.json", "idf.npy"
 _MAX_WIDTH = 2**31 - 1
@@ -63,6 +65,8 @@ class TfidfTextVectorizer:
     kind: ClassVar[str] = "tfidf"
 
     def __init__(self, vocabulary: Sequence[str], idf: np.ndarray, ngram_range: tuple[int, int]) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415
+
         self._vocabulary = list(vocabulary)
         self._idf = np.asarray(idf, dtype=np.float64)
         self._ngram_range = ngram_range
@@ -130,6 +134,8 @@ class TfidfFitter:
     def __init__(
         self, ngram_range: tuple[int, int] = (1, 1), min_df: int = 1, max_features: int | None = None
     ) -> None:
+        from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415
+
         self._ngram_range = check_ngram_range(ngram_range, "TfidfFitter")
         self._min_df = _check_positive("min_df", min_df, "TfidfFitter")
         self._max_features = max_features
@@ -175,6 +181,8 @@ class HashingTextVectorizer:
     kind: ClassVar[str] = "hashing"
 
     def __init__(self, num_features: int = 2**18, ngram_range: tuple[int, int] = (1, 1)) -> None:
+        from sklearn.feature_extraction.text import HashingVectorizer  # noqa: PLC0415
+
         self._num_features = _check_width(num_features, "HashingTextVectorizer")
         self._ngram_range = check_ngram_range(ngram_range, "HashingTextVectorizer")
         self._model = HashingVectorizer(
