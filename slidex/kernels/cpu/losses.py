@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments
-from slidex.kernels.cpu.intrinsics import FASTMATH, exp_nonpositive, log1p_unit, maximum
+from slidex.kernels.cpu.intrinsics import FUSE, exp_nonpositive, lane_sum, log1p_unit, maximum
 
 
 def softmax_loss(
@@ -164,13 +164,12 @@ def _shared(
     )
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _softmax(x, most, mass):
     """Overwrite scores with ``mass * softmax``; returns the log of the sum of ``exp(x - most)``."""
-    total = x.dtype.type(0)
     for i in range(x.size):
         x[i] = exp_nonpositive(x[i] - most)
-        total += x[i]
+    total = lane_sum(x)
     scale = mass / total
     for i in range(x.size):
         x[i] *= scale
@@ -183,7 +182,7 @@ def _softmax_dense(scores_NA, target_NA, loss_N):
         loss_N[n] = _softmax_dense_row(scores_NA[n], target_NA[n])
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _softmax_dense_row(scores_A, target_A):
     mass = aligned = scores_A.dtype.type(0)
     if not np.any(target_A):
@@ -207,7 +206,7 @@ def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, loss_N):
         loss_N[n] = _softmax_shared_row(scores_NU[n], positions[targets], weights[targets], offset_U)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _softmax_shared_row(scores_U, positions_P, weights_P, offset_U):
     mass = aligned = scores_U.dtype.type(0)
     if not np.any(weights_P):
@@ -226,7 +225,7 @@ def _softmax_shared_row(scores_U, positions_P, weights_P, offset_U):
     return mass * log_total - aligned
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"contract"})
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _logistic(z, target, one):
     """Loss and derivative of one score; large terms cancel before the small logarithm is added.
 
@@ -244,14 +243,14 @@ def _logistic_dense(logits_NA, target_NA, weight_NA, loss_N, grad_NA):
         loss_N[n] = _logistic_dense_row(logits_NA[n], target_NA[n], weight_NA[n], grad_NA[n])
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _logistic_dense_row(logits_A, target_A, weight_A, grad_A):
-    total, one = logits_A.dtype.type(0), logits_A.dtype.type(1)
+    loss_A, one = np.empty_like(logits_A), logits_A.dtype.type(1)
     for a in range(logits_A.size):
         loss, slope = _logistic(logits_A[a], target_A[a], one)
-        total += weight_A[a] * loss
+        loss_A[a] = weight_A[a] * loss
         grad_A[a] = weight_A[a] * slope
-    return total
+    return lane_sum(loss_A)
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -264,7 +263,7 @@ def _logistic_shared(scores_NU, indptr, positions, weights, weight_U, loss_N):
         )
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _logistic_shared_row(scores_U, positions_P, weights_P, weight_U, kept_P):
     """Settles the targets first; then their scores are -inf, which adds nothing to the sweep over the rest."""
     total, zero, one = scores_U.dtype.type(0), scores_U.dtype.type(0), scores_U.dtype.type(1)
@@ -274,10 +273,11 @@ def _logistic_shared_row(scores_U, positions_P, weights_P, weight_U, kept_P):
         total += weight_U[u] * loss
         kept_P[j] = weight_U[u] * slope
         scores_U[u] = -np.inf
+    loss_U = np.empty_like(scores_U)
     for u in range(scores_U.size):
         loss, slope = _logistic(scores_U[u], zero, one)
-        total += weight_U[u] * loss
+        loss_U[u] = weight_U[u] * loss
         scores_U[u] = weight_U[u] * slope
     for j in range(positions_P.size):
         scores_U[positions_P[j]] = kept_P[j]
-    return total
+    return total + lane_sum(loss_U)
