@@ -11,12 +11,17 @@ from slidex.cli.progress import bar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+COMPILING = (
+    "compiling kernels for this processor: up to a minute, once; later runs of the same kind load them"
+)
+
 
 class TrainingDisplay:
     """Told of the training's events (see `slidex.train.loop.Notify`); writes to standard error only."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None
+        self._told = self._naming = False
 
     def __enter__(self) -> TrainingDisplay:
         return self
@@ -34,7 +39,12 @@ class TrainingDisplay:
                 f"precision {config['precision']}, index {config['index'] if config['mode'] != 'exact' else 'none'}"
             )
             self._bar = bar(facts["total_steps"], "step", "train", initial=facts["step"])
+        elif event == "compiling":
+            self._compiling(facts["kernel"])
         elif event == "step" and self._bar is not None:
+            if self._naming:
+                self._bar.set_postfix_str("", refresh=False)
+                self._naming = False
             self._bar.update(facts["step"] - self._bar.n)
         elif event == "report":
             self._line(report_line(facts))
@@ -45,6 +55,15 @@ class TrainingDisplay:
             self._line(f"warning: step {facts['step']:,}: {facts['text']}")
         elif event == "message":
             self._line(facts["text"])
+
+    def _compiling(self, kernel: str) -> None:
+        """Says once what the wait is for; then the bar names each kernel, so that it moves."""
+        if not self._told:
+            self._line(COMPILING)
+            self._told = True
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"compiling {kernel}")
+            self._naming = True
 
     def _line(self, text: str) -> None:
         if self._bar is None or self._bar.disable:

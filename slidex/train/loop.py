@@ -19,11 +19,13 @@ import torch
 
 from slidex.errors import CheckpointError, CollapseWarning, DataError, DivergedError, InterruptedRunError
 from slidex.kernels import AdamStep
+from slidex.kernels.compiling import compilations
 from slidex.lsh import recall_at_k
 from slidex.metrics import MetricAccumulator
 from slidex.nn.classifier import Classifier
 from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
 from slidex.train.coverage import NEGATIVE, SEEN, ClassRecord, CollapseWatch
+from slidex.train.dense_adam import DenseAdam
 from slidex.train.rehash import Rehasher, draw_queries
 from slidex.train.run import Run, fingerprint
 from slidex.train.settle import (
@@ -48,8 +50,8 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
 
 Notify = Callable[[str, dict[str, Any]], None]
-"""Called with an event and its facts: ``start``, ``message``, ``step``, ``report``, ``epoch``, ``warning``,
-``validation``, ``checkpoint``."""
+"""Called with an event and its facts: ``compiling`` (a kernel, before or in the first steps), ``start``, ``message``,
+``step``, ``report``, ``epoch``, ``warning``, ``validation``, ``checkpoint``."""
 
 PROBE_ROWS, PROBE_K = 256, 10
 """The probe: the exact top 10 of so many training rows (or of a batch, if that is smaller)."""
@@ -97,13 +99,14 @@ def fit(
     Warns:
         CollapseWarning: if few classes are ever negatives, or accuracy falls while the loss does.
     """
-    config = settle(config, dataset)
-    if resume:
-        run = Run.open(out)
-        _check_same_run(run, dataset, config)
-        return Trainer(dataset, config, notify or (lambda *_: None)).fit(run, resume=True)
-    trainer = Trainer(dataset, config, notify or (lambda *_: None))
-    return trainer.fit(Run.create(out, config, dataset), resume=False)
+    config, tell = settle(config, dataset), notify or (lambda *_: None)
+    with compilations(lambda kernel: tell("compiling", {"kernel": kernel})):
+        if resume:
+            run = Run.open(out)
+            _check_same_run(run, dataset, config)
+            return Trainer(dataset, config, tell).fit(run, resume=True)
+        trainer = Trainer(dataset, config, tell)
+        return trainer.fit(Run.create(out, config, dataset), resume=False)
 
 
 class Trainer:
@@ -120,11 +123,8 @@ class Trainer:
         self.model = Classifier.from_config(
             config, dataset.num_features, dataset.num_classes, self.class_counts
         )
-        self.dense_optimizer = torch.optim.Adam(
-            [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad],
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-        )
+        trained = [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad]
+        self.dense_optimizer = DenseAdam(trained, config.beta1, config.beta2, config.epsilon)
         self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
@@ -150,7 +150,6 @@ class Trainer:
             self._resume()
         facts = {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
         self.notify("start", facts)
-        self.notify("message", {"text": "first step: compiles the kernels, unless an earlier run has"})
         started = time.perf_counter() - self.seconds
         with SignalCatcher() as signals:
             for batch_x, batch_y in self.batches():
@@ -249,9 +248,7 @@ class Trainer:
         grad_hidden_ND = model.head.update(scored, adam)
         watch.lap("update")
         model.encoder.backward(graph, grad_hidden_ND, adam)
-        for group in self.dense_optimizer.param_groups:
-            group["lr"] = adam.learning_rate
-        self.dense_optimizer.step()
+        self.dense_optimizer.step(adam.learning_rate)
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
