@@ -281,7 +281,7 @@ STAGES = (
             flops=2 * b.features * b.bag_width + UPDATE_FLOPS * b.distinct_features * b.bag_width,
         ),
     ),
-    # torch's Adam on the dense parameters: parameter, two moments read and written, gradient read.
+    # Adam on the dense parameters: parameter, two moments read and written, gradient read.
     Stage("dense update", MODES, lambda b: Work(cached=28 * b.dense, flops=UPDATE_FLOPS * b.dense)),
     # HashIndex.update or build: T rows read and projected, codes written; every table's ids read and written once.
     Stage(
