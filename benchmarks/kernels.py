@@ -16,12 +16,12 @@ import numba
 import numpy as np
 import torch
 
-from slidex.kernels import AdamStep, RowState, cpu, reference
+from slidex.kernels import RowState, StepSettings, cpu, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ADAM = AdamStep(learning_rate=1e-3, step=10)
+ADAM = StepSettings(learning_rate=1e-3, step=10)
 _REFERENCE_REPEATS = 3
 
 
@@ -60,17 +60,17 @@ def problems(
     pairs, bag = rows * slots, rows * features
     return {
         "embedding_bag": (bag, lambda k: k.embedding_bag(indptr, indices, values, weight, bias[:width])),
-        "embedding_bag_adam": (
+        "embedding_bag_update": (
             bag,
-            lambda k: k.embedding_bag_adam(indptr, indices, values, hidden, weight, weight_state, ADAM),
+            lambda k: k.embedding_bag_update(indptr, indices, values, hidden, weight, weight_state, ADAM),
         ),
         "pair_logits": (pairs, lambda k: k.pair_logits(hidden, weight, bias, active)),
         "softmax_loss": (pairs, lambda k: k.softmax_loss(grad, target, None)),
         "logistic_loss": (pairs, lambda k: k.logistic_loss(grad, target, None)),
         "pair_hidden_grad": (pairs, lambda k: k.pair_hidden_grad(grad, weight, active)),
-        "pair_adam": (pairs, lambda k: k.pair_adam(grad, hidden, active, *update)),
+        "pair_update": (pairs, lambda k: k.pair_update(grad, hidden, active, *update)),
         "gather_rows": (pool, lambda k: k.gather_rows(weight, bias, ids)),
-        "rows_adam": (pool, lambda k: k.rows_adam(ids, block_grad, pool_bias_grad, *update)),
+        "rows_update": (pool, lambda k: k.rows_update(ids, block_grad, pool_bias_grad, *update)),
         "shared_softmax_loss": (
             rows * pool,
             lambda k: k.shared_softmax_loss(pool_scores.copy_(scores), *targets, None),

@@ -4,8 +4,7 @@ Every probe stands alone: one that finds nothing to read on another system answe
 rest of the report still comes. The plan is a cost model of a few measured rates, good to perhaps a third; it
 decides between modes that differ by factors, and prefers the simpler mode where they do not.
 
-Symbols in the formulas: N rows in a batch, C classes, D hidden width, A active classes per row, U classes in
-a shared pool, L hash tables.
+Symbols: N rows in a batch, C classes, D hidden width, A active classes a row, U classes of a pool, L hash tables.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import torch
 
 import slidex
 from slidex.errors import ConfigError
+from slidex.kernels.optimizer import state_size
 from slidex.lsh import index_names
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ModeCost:
     Args:
         milliseconds: One step of the output layer on one core; encoder and rehashing are not in it.
         weight_bytes: float32 weight rows, C D.
-        optimizer_bytes: Adam's two float32 moments, 2 C D.
+        optimizer_bytes: float32 moments: 2 C D (adam), C D + C (rowwise_adam) or C (rowwise_adagrad).
         index_bytes: Codes and ids of the hash tables, int32, 2 C L; 0 without an index.
         activation_bytes: Scores, gradients and gathered rows of one batch.
     """
@@ -105,6 +105,7 @@ def plan(
     pool_size: int = 4096,
     active: int = 512,
     num_tables: int = 50,
+    optimizer: str = "adam",
     native_bf16: bool = False,
     available_bytes: int | None = None,
 ) -> Plan:
@@ -126,22 +127,23 @@ def plan(
         pool_size: Negative classes in a batch's pool (shared).
         active: Active classes per row (per_sample).
         num_tables: L, hash tables of the index.
+        optimizer: One of `slidex.kernels.OPTIMIZERS`; it enters the memory, the step times are Adam's.
         native_bf16: Whether the matrix products run on bfloat16 instructions.
         available_bytes: Memory the mode must fit in; None to ignore memory. If no mode fits, the one that
             needs least is named and `Plan.fits` is False.
 
     Raises:
-        ConfigError: A size is not a positive integer.
+        ConfigError: A size is not a positive integer, or there is no such optimizer.
     """
     sizes = (num_classes, hidden_width, batch_size, pool_size, active, num_tables)
     names = ("num_classes", "hidden_width", "batch_size", "pool_size", "active", "num_tables")
-    for name, value in zip(names, sizes, strict=True):
-        if not isinstance(value, int) or value < 1:
+    for name, size in zip(names, sizes, strict=True):
+        if not isinstance(size, int) or size < 1:
             raise ConfigError(
-                f"The {name!r} parameter of plan must be an integer >= 1. Got {value!r} instead."
+                f"The {name!r} parameter of plan must be an integer >= 1. Got {size!r} instead."
             )
     precision = "bfloat16" if native_bf16 else "float32"
-    costs = _mode_costs(num_classes, hidden_width, batch_size, pool_size, active, num_tables, precision)
+    costs = _mode_costs(*sizes, precision, optimizer)
     limit = float("inf") if available_bytes is None else available_bytes
     fitting = [mode for mode in MODES if costs[mode].total_bytes <= limit]
     if not fitting:
@@ -156,7 +158,7 @@ def plan(
 
 
 def _mode_costs(
-    C: int, D: int, N: int, pool_size: int, active: int, num_tables: int, precision: str
+    C: int, D: int, N: int, pool_size: int, active: int, num_tables: int, precision: str, optimizer: str
 ) -> dict[str, ModeCost]:
     A, U = min(active, C), min(pool_size + N, C)
     per_score = D * PRODUCT_NS[precision] + SOFTMAX_NS
@@ -165,7 +167,6 @@ def _mode_costs(
         "shared": N * U * per_score + U * D * (GATHER_NS + SCATTERED_ADAM_NS) + N * SELECTION_NS,
         "per_sample": N * A * (PAIR_NS + D * PAIR_DIMENSION_NS) + N * SELECTION_NS,
     }
-    hidden_bytes = 2 * 4 * N * D  # h and its gradient
     activation_bytes = {
         "exact": 4 * (N * C + C * D),  # scores, gradient of W
         "shared": 4 * (N * U + 2 * U * D),  # scores, gathered rows, their gradient
@@ -175,9 +176,9 @@ def _mode_costs(
         mode: ModeCost(
             milliseconds=nanoseconds[mode] / 1e6,
             weight_bytes=4 * C * D,
-            optimizer_bytes=8 * C * D,
+            optimizer_bytes=4 * C * state_size(optimizer, D),
             index_bytes=0 if mode == "exact" else 8 * C * num_tables,
-            activation_bytes=hidden_bytes + activation_bytes[mode],
+            activation_bytes=8 * N * D + activation_bytes[mode],
         )
         for mode in MODES
     }
@@ -209,7 +210,11 @@ def has_native_bf16() -> bool | None:
 
 
 def report(
-    num_classes: int | None = None, hidden_width: int = 128, batch_size: int = 256, dtype: str = "auto"
+    num_classes: int | None = None,
+    hidden_width: int = 128,
+    batch_size: int = 256,
+    dtype: str = "auto",
+    optimizer: str = "adam",
 ) -> dict[str, Any]:
     """Describe the environment, and the plan for a model if `num_classes` is given.
 
@@ -219,12 +224,13 @@ def report(
         batch_size: N.
         dtype: Of the matrix products: ``auto`` (bfloat16 where native, as in training), ``float32`` or
             ``bfloat16`` (planned as float32 where it is not native: emulation is no faster).
+        optimizer: As in `plan`.
 
     Returns:
         A nested dict that JSON can hold; sizes in bytes. A probe that failed is the string "unknown (why)".
 
     Raises:
-        ConfigError: `dtype` is none of the three, or a size is not a positive integer.
+        ConfigError: `dtype` is none of the three, or as in `plan`.
     """
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(
@@ -258,6 +264,7 @@ def report(
             num_classes,
             hidden_width,
             batch_size,
+            optimizer=optimizer,
             native_bf16=dtype != "float32" and bf16 is True,
             available_bytes=available if isinstance(available, int) else None,
         )

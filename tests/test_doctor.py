@@ -62,6 +62,18 @@ def test_plan_counts_bytes():
     assert costs["exact"].total_bytes == 32_000 + 64_000 + hidden + 48_000
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "moments"), [("adam", 16_000), ("rowwise_adam", 9_000), ("rowwise_adagrad", 1_000)]
+)
+def test_plan_counts_the_state_of_the_optimizer(optimizer, moments):
+    for cost in plan(1000, 8, 4, optimizer=optimizer).costs.values():
+        assert cost.optimizer_bytes == 4 * moments
+    shown = report(1000, 8, 4, optimizer=optimizer)["plan"]["costs"]["shared"]["optimizer_bytes"]
+    assert shown == 4 * moments
+    with pytest.raises(ConfigError, match="'optimizer' parameter must be one of"):
+        plan(1000, 8, 4, optimizer="sgd")
+
+
 def test_plan_leaves_out_what_does_not_fit():
     free = plan(5_000, 128, 256)
     assert (free.mode, free.fits) == ("exact", True)

@@ -11,14 +11,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from slidex.errors import ConfigError
-from slidex.kernels.adam import AdamStep, RowState
+from slidex.kernels.optimizer import OPTIMIZERS, RowState, StepSettings
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import torch
 
-__all__ = ["AdamStep", "RowState", "get"]
+__all__ = ["OPTIMIZERS", "RowState", "StepSettings", "get"]
 
 _MODULES = {"cpu": "slidex.kernels.cpu", "reference": "slidex.kernels.reference"}
 

@@ -15,7 +15,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from slidex.kernels.adam import AdamStep, RowState
+    from slidex.kernels.optimizer import RowState, StepSettings
 
 
 def embedding_bag(
@@ -28,24 +28,24 @@ def embedding_bag(
 
 
 @torch.no_grad()
-def embedding_bag_adam(
+def embedding_bag_update(
     indptr: Tensor,
     indices: Tensor,
     values: Tensor | None,
     grad_ND: Tensor,
     weight_FD: Tensor,
     state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Adam in place on the touched rows f, ``grad_weight[f] = sum_j values[j] * grad[row of j]``."""
+    """Optimiser step in place on the touched rows f, ``grad_weight[f] = sum_j values[j] * grad[row of j]``."""
     grad_MD = grad_ND[_rows(indptr)] if values is None else grad_ND[_rows(indptr)] * values[:, None]
     ids, group = indices.long().unique(return_inverse=True)
-    _adam(
+    _update(
         ids,
         weight_FD.new_zeros(len(ids), weight_FD.shape[1]).index_add_(0, group, grad_MD),
         weight_FD,
         state,
-        adam,
+        settings,
     )
 
 
@@ -63,7 +63,7 @@ def pair_hidden_grad(grad_NA: Tensor, weight_CD: Tensor, active_NA: Tensor) -> T
 
 
 @torch.no_grad()
-def pair_adam(
+def pair_update(
     grad_NA: Tensor,
     hidden_ND: Tensor,
     active_NA: Tensor,
@@ -71,9 +71,9 @@ def pair_adam(
     bias_C: Tensor,
     weight_state: RowState,
     bias_state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Adam in place on the active classes c.
+    """Optimiser step in place on the active classes c.
 
     ``grad_weight[c] = sum of grad[n, a] * hidden[n]``, ``grad_bias[c] = sum of grad[n, a]``, over ``active[n,
     a] = c``.
@@ -85,7 +85,7 @@ def pair_adam(
         0, group, scale[:, None] * hidden_ND[rows]
     )
     grad_U = bias_C.new_zeros(len(ids)).index_add_(0, group, scale)
-    rows_adam(ids, grad_UD, grad_U, weight_CD, bias_C, weight_state, bias_state, adam)
+    rows_update(ids, grad_UD, grad_U, weight_CD, bias_C, weight_state, bias_state, settings)
 
 
 def softmax_loss(logits_NA: Tensor, target_NA: Tensor, offset_NA: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def gather_rows(weight_CD: Tensor, bias_C: Tensor, ids_U: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def rows_adam(
+def rows_update(
     ids_U: Tensor,
     grad_UD: Tensor,
     grad_bias_U: Tensor,
@@ -123,11 +123,11 @@ def rows_adam(
     bias_C: Tensor,
     weight_state: RowState,
     bias_state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Adam in place on the rows and biases of the classes `ids_U`, which are distinct."""
-    _adam(ids_U, grad_UD, weight_CD, weight_state, adam)
-    _adam(ids_U, grad_bias_U, bias_C, bias_state, adam)
+    """Optimiser step in place on the rows and biases of the classes `ids_U`, which are distinct."""
+    _update(ids_U, grad_UD, weight_CD, weight_state, settings)
+    _update(ids_U, grad_bias_U, bias_C, bias_state, settings)
 
 
 def shared_softmax_loss(
@@ -170,9 +170,17 @@ def _dense_targets(logits_NU: Tensor, indptr: Tensor, positions: Tensor, weights
     return target_NU
 
 
-def _adam(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, adam: AdamStep) -> None:
-    moment1, moment2 = state.moment1[ids], state.moment2[ids]
-    moment1 += (grad - moment1) * (1 - adam.beta1)
-    moment2 += (grad * grad - moment2) * (1 - adam.beta2)
-    state.moment1[ids], state.moment2[ids] = moment1, moment2
-    parameter[ids] = parameter[ids] * adam.shrink - adam.step_size * moment1 / (moment2.sqrt() + adam.epsilon)
+def _update(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, settings: StepSettings) -> None:
+    square = grad * grad
+    if state.moment2.shape != parameter.shape:
+        square = square.mean(1, keepdim=True)
+    if state.sums:
+        direction = grad * settings.learning_rate
+        moment2 = state.moment2[ids] + square
+    else:
+        moment1 = state.moment1[ids] + (grad - state.moment1[ids]) * (1 - settings.beta1)
+        moment2 = state.moment2[ids] + (square - state.moment2[ids]) * (1 - settings.beta2)
+        direction = moment1 * settings.step_size
+        state.moment1[ids] = moment1
+    state.moment2[ids] = moment2
+    parameter[ids] = parameter[ids] * settings.shrink - direction / (moment2.sqrt() + settings.epsilon)

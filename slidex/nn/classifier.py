@@ -65,6 +65,7 @@ class Classifier:
             input_dropout=config.input_dropout,
             hidden_dropout=config.hidden_dropout,
             normalize=config.normalize,
+            optimizer=config.optimizer,
             seed=config.seed,
         )
         index = None
@@ -93,6 +94,7 @@ class Classifier:
             loss=config.loss,
             precision=config.precision,
             selector=selector,
+            optimizer=config.optimizer,
             seed=config.seed + 1,
         )
         return cls(encoder, head, index)

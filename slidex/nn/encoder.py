@@ -1,6 +1,6 @@
 """From sparse features to a dense hidden vector: an embedding bag, ReLU, and optional dense layers.
 
-The bag is as large as the vocabulary and touched sparsely, so it has the fused row-wise Adam of the kernels;
+The bag is as large as the vocabulary and touched sparsely, so it has the fused row updates of the kernels;
 the dense layers are ordinary torch modules with torch's own Adam.
 
 Legend: N rows in a batch, F input features, D width of the bag, H width of the output.
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from slidex.data.csr import CsrArrays
-from slidex.kernels import AdamStep, RowState
+from slidex.kernels import RowState, StepSettings
 from slidex.kernels import cpu as kernels
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class BagEncoder(nn.Module):
         input_dropout: Share of a row's stored features dropped in training; the rest are scaled up.
         hidden_dropout: Share of hidden units dropped after every ReLU in training.
         normalize: Scale every row of the input to unit L2 norm first.
+        optimizer: Rule of the bag's row updates, one of `slidex.kernels.OPTIMIZERS`.
         seed: Seed of the initial weights and, with the step number, of the dropout masks.
     """
 
@@ -46,6 +47,7 @@ class BagEncoder(nn.Module):
         input_dropout: float = 0.0,
         hidden_dropout: float = 0.0,
         normalize: bool = True,
+        optimizer: str = "adam",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class BagEncoder(nn.Module):
         # Unit-norm inputs give pre-activations of variance 1 / D: the hidden vector starts with norm about 0.7.
         bag = torch.empty(num_features, width).normal_(0, 1 / math.sqrt(width), generator=generator)
         self.bag = nn.Parameter(bag, requires_grad=False)
-        self.bag_state = RowState.zeros_like(self.bag)
+        self.bag_state = RowState.zeros_like(self.bag, optimizer)
         self.bias = nn.Parameter(torch.zeros(width))
         self.dense = nn.ModuleList()
         for fan_in, fan_out in itertools.pairwise([width, *dense_widths]):
@@ -81,20 +83,20 @@ class BagEncoder(nn.Module):
         hidden_NH = self._layers(bag_ND, step)
         return hidden_NH.detach(), TrainingGraph(x, bag_ND, hidden_NH)
 
-    def backward(self, graph: TrainingGraph, grad_hidden_NH: torch.Tensor, adam: AdamStep) -> None:
-        """Accumulates `.grad` of the dense parameters and applies one Adam step to the touched rows of the bag."""
+    def backward(self, graph: TrainingGraph, grad_hidden_NH: torch.Tensor, settings: StepSettings) -> None:
+        """Accumulates `.grad` of the dense parameters and applies one optimiser step to the touched rows of the bag."""
         graph.hidden_NH.backward(grad_hidden_NH)
         x, grad_bag_ND = graph.x, graph.bag_ND.grad
         if grad_bag_ND is None:
             raise RuntimeError("autograd left no gradient at the embedding bag")
-        kernels.embedding_bag_adam(
+        kernels.embedding_bag_update(
             torch.from_numpy(x.indptr),
             torch.from_numpy(x.indices),
             None if x.values is None else torch.from_numpy(x.values),
             grad_bag_ND,
             self.bag,
             self.bag_state,
-            adam,
+            settings,
         )
 
     def _inputs(self, x: CsrArrays, step: int | None) -> CsrArrays:

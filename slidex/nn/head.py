@@ -3,7 +3,7 @@
 One training step is two calls, so that a non-finite loss stops before anything is written:
 
     scored = head.score(hidden_ND, labels, step)        # picks the classes, computes the loss and its gradient
-    grad_hidden_ND = head.update(scored, adam)          # gradient for the encoder; touched rows take an Adam step
+    grad_hidden_ND = head.update(scored, settings)      # gradient for the encoder; touched rows take a step
 
 Legend: N rows in a batch, C classes, D hidden width, A active classes per row, U classes in a shared pool.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from slidex.errors import ConfigError
-from slidex.kernels import AdamStep, RowState
+from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.kernels import cpu as kernels
 from slidex.lsh import exact_topk
 from slidex.nn.candidates import label_weights
@@ -66,6 +66,7 @@ class SampledHead(nn.Module):
             (one-vs-all on the active classes).
         precision: Of the matrix products in ``exact`` and ``shared`` mode; weights stay float32.
         selector: Chooses the active classes; None if and only if `mode` is ``exact``.
+        optimizer: Rule of the row updates, one of `slidex.kernels.OPTIMIZERS`.
         seed: Seed of the initial weights.
 
     Raises:
@@ -81,6 +82,7 @@ class SampledHead(nn.Module):
         loss: str = "softmax",
         precision: str = "float32",
         selector: CandidateSelector | None = None,
+        optimizer: str = "adam",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class SampledHead(nn.Module):
             ("mode", mode, MODES),
             ("loss", loss, LOSSES),
             ("precision", precision, PRECISIONS),
+            ("optimizer", optimizer, OPTIMIZERS),
         ):
             if value not in allowed:
                 raise ConfigError(
@@ -106,8 +109,8 @@ class SampledHead(nn.Module):
         # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
         start = -math.log(num_classes) if loss == "logistic" else 0.0
         self.bias = nn.Parameter(torch.full((num_classes,), start), requires_grad=False)
-        self.weight_state = RowState.zeros_like(self.weight)
-        self.bias_state = RowState.zeros_like(self.bias)
+        self.weight_state = RowState.zeros_like(self.weight, optimizer)
+        self.bias_state = RowState.zeros_like(self.bias, optimizer)
 
     def score(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
         """Loss of every row over its active classes, and the gradient that `update` will apply.
@@ -147,17 +150,17 @@ class SampledHead(nn.Module):
         # The loss kernels have overwritten the scores with their gradient.
         return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, logits_NU, rows_UD)
 
-    def update(self, scored: Scored, adam: AdamStep) -> torch.Tensor:
-        """Applies one Adam step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
+    def update(self, scored: Scored, settings: StepSettings) -> torch.Tensor:
+        """Applies one optimiser step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
         grad = scored.grad.mul_(1 / max(1, scored.hidden_ND.shape[0]))
-        states = (self.weight, self.bias, self.weight_state, self.bias_state, adam)
+        states = (self.weight, self.bias, self.weight_state, self.bias_state, settings)
         if self.mode == "per_sample":
             grad_hidden_ND = kernels.pair_hidden_grad(grad, scored.rows_UD, scored.ids)
-            kernels.pair_adam(grad, scored.hidden_ND, scored.ids, *states)
+            kernels.pair_update(grad, scored.hidden_ND, scored.ids, *states)
             return grad_hidden_ND
         grad_hidden_ND = self._matmul(grad, scored.rows_UD)
         grad_rows_UD = self._matmul(grad.T, scored.hidden_ND)
-        kernels.rows_adam(scored.ids, grad_rows_UD, grad.sum(0), *states)
+        kernels.rows_update(scored.ids, grad_rows_UD, grad.sum(0), *states)
         return grad_hidden_ND
 
     def _score_pairs(self, sets: ActiveSets, hidden_ND: torch.Tensor, query_seconds: float) -> Scored:

@@ -118,16 +118,22 @@ class TrainConfig:
     batch_size: int = _setting(256, "Rows in a step.", low=1)
     epochs: int = _setting(5, "Passes over the training rows.", low=1)
     max_steps: int | None = _setting(None, "Stop after this many steps, whatever the epochs.", low=1)
-    learning_rate: float = _setting(3e-3, "Adam's step size.", low=0.0, high=10.0)
+    optimizer: str = _setting(
+        "adam",
+        "Rule of the row updates: Adam, or with one number a row for the second moment (rowwise_adam), or no first "
+        "moment either (rowwise_adagrad, which wants a higher learning rate); less memory and traffic.",
+        choices=("adam", "rowwise_adam", "rowwise_adagrad"),
+    )
+    learning_rate: float = _setting(3e-3, "Step size.", low=0.0, high=10.0)
     lr_schedule: str = _setting(
         "linear", "Learning rate after the warm-up.", choices=("constant", "linear", "cosine")
     )
     warmup: float = _setting(
         0.0, "Share of all steps over which the learning rate rises from 0.", low=0.0, below=1.0
     )
-    beta1: float = _setting(0.9, "Adam's decay of the first moment.", low=0.0, below=1.0)
-    beta2: float = _setting(0.999, "Adam's decay of the second moment.", low=0.0, below=1.0)
-    epsilon: float = _setting(1e-8, "Adam's denominator offset.", low=1e-16, high=1.0)
+    beta1: float = _setting(0.9, "Decay of the first moment (adam, rowwise_adam).", low=0.0, below=1.0)
+    beta2: float = _setting(0.999, "Decay of the second moment (adam, rowwise_adam).", low=0.0, below=1.0)
+    epsilon: float = _setting(1e-8, "Offset of the denominator.", low=1e-16, high=1.0)
     weight_decay: float = _setting(
         0.0, "Decoupled weight decay of the rows that a step touches.", low=0.0, high=1.0
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slidex.errors import CheckpointError, CollapseWarning, DataError, DivergedError, InterruptedRunError
-from slidex.kernels import AdamStep
+from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
 from slidex.lsh import recall_at_k
 from slidex.metrics import MetricAccumulator
@@ -244,11 +244,11 @@ class Trainer:
                 f"the loss of step {step:,} is {loss}; its update was not applied. "
                 f"Lower 'learning_rate' (now {self.config.learning_rate:g}) or set 'warmup'."
             )
-        adam = self._adam(step)
-        grad_hidden_ND = model.head.update(scored, adam)
+        settings = self._step_settings(step)
+        grad_hidden_ND = model.head.update(scored, settings)
         watch.lap("update")
-        model.encoder.backward(graph, grad_hidden_ND, adam)
-        self.dense_optimizer.step(adam.learning_rate)
+        model.encoder.backward(graph, grad_hidden_ND, settings)
+        self.dense_optimizer.step(settings.learning_rate)
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
@@ -261,9 +261,9 @@ class Trainer:
         self.notify("step", {"step": step, "loss": loss / x.num_rows})
         watch.lap("other")
 
-    def _adam(self, step: int) -> AdamStep:
+    def _step_settings(self, step: int) -> StepSettings:
         config = self.config
-        return AdamStep(
+        return StepSettings(
             learning_rate=learning_rate(config, step, self.total_steps),
             beta1=config.beta1,
             beta2=config.beta2,
@@ -389,7 +389,7 @@ def _check_same_run(run: Run, dataset: Dataset, config: TrainConfig) -> None:
     """CheckpointError if the run was made from other data or with other settings."""
     if run.meta["data"]["fingerprint"] != fingerprint(dataset):
         raise CheckpointError(f"{run.path}: was trained on another data set ({run.meta['data']['path']}).")
-    old, new = run.meta["config"], config.to_mapping()
+    old, new = run.config.to_mapping(), config.to_mapping()
     for name in old.keys() | new.keys():
         if name not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
             raise CheckpointError(

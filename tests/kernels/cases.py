@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from slidex.kernels import AdamStep, RowState
+from slidex.kernels import RowState, StepSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ADAM = AdamStep(learning_rate=0.01, step=3, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
+SETTINGS = StepSettings(learning_rate=0.01, step=3, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
+UPDATES = ("embedding_bag_update", "pair_update", "rows_update")
 KERNELS = (
     "embedding_bag",
-    "embedding_bag_adam",
+    "embedding_bag_update",
     "pair_logits",
     "pair_hidden_grad",
-    "pair_adam",
+    "pair_update",
     "softmax_loss",
     "logistic_loss",
     "gather_rows",
-    "rows_adam",
+    "rows_update",
     "shared_softmax_loss",
     "shared_logistic_loss",
 )
@@ -39,6 +40,7 @@ class Shape:
     width: int = 24
     scale: float = 3.0
     optional: bool = True
+    optimizer: str = "adam"
 
 
 SHAPES = {
@@ -81,7 +83,10 @@ class Problem:
         return torch.from_numpy(active)
 
     def _state(self, like: torch.Tensor) -> RowState:
-        return RowState(self._floats(*like.shape) * 0.1, self._floats(*like.shape, low=0) * 0.01)
+        empty = RowState.zeros_like(like, self.shape.optimizer)
+        return RowState(
+            self._floats(*empty.moment1.shape) * 0.1, self._floats(*empty.moment2.shape, low=0) * 0.01
+        )
 
     def _csr(self, columns: int, longest: int, distinct: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """CSR rows of 0 to `longest` entries; every third is empty, repeats unless `distinct`."""
@@ -110,10 +115,10 @@ class Problem:
         weight = self._floats(self.shape.classes, self.shape.width)
         return [indptr, ids, values, weight, self._floats(self.shape.width) if self.shape.optional else None]
 
-    def _embedding_bag_adam(self, _: str) -> Arguments:
+    def _embedding_bag_update(self, _: str) -> Arguments:
         indptr, ids, values, weight, _ = self._embedding_bag("")
         grad = self._floats(self.shape.rows, self.shape.width)
-        return [indptr, ids, values, grad, weight, self._state(weight), ADAM]
+        return [indptr, ids, values, grad, weight, self._state(weight), SETTINGS]
 
     def _pair_logits(self, _: str) -> Arguments:
         _, hidden, weight, bias = self._pair_parts()
@@ -123,9 +128,9 @@ class Problem:
         grad, _, weight, _ = self._pair_parts()
         return [grad, weight, self._active()]
 
-    def _pair_adam(self, _: str) -> Arguments:
+    def _pair_update(self, _: str) -> Arguments:
         grad, hidden, weight, bias = self._pair_parts()
-        return [grad, hidden, self._active(), weight, bias, self._state(weight), self._state(bias), ADAM]
+        return [grad, hidden, self._active(), weight, bias, self._state(weight), self._state(bias), SETTINGS]
 
     def _dense_loss(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores with pads; 0 to 3 targets a row, never on a pad."""
@@ -158,11 +163,11 @@ class Problem:
         _, _, weight, bias = self._pair_parts()
         return [weight, bias, self._pool()]
 
-    def _rows_adam(self, _: str) -> Arguments:
+    def _rows_update(self, _: str) -> Arguments:
         _, _, weight, bias = self._pair_parts()
         ids = self._pool()
         grads = self._floats(len(ids), self.shape.width), self._floats(len(ids))
-        return [ids, *grads, weight, bias, self._state(weight), self._state(bias), ADAM]
+        return [ids, *grads, weight, bias, self._state(weight), self._state(bias), SETTINGS]
 
     def _pool(self) -> torch.Tensor:
         size = min(self.shape.slots, self.shape.classes)

@@ -11,7 +11,7 @@ from numba import njit
 
 from slidex import kernels
 from slidex.errors import ConfigError
-from slidex.kernels import AdamStep, cpu, reference
+from slidex.kernels import OPTIMIZERS, RowState, StepSettings, cpu, reference
 from slidex.kernels.cpu.intrinsics import exp_nonpositive, log1p_unit, maximum
 from slidex.kernels.cpu.transpose import PAIR_BITS, PAIR_MASK, group_by_id
 from tests.kernels.cases import KERNELS, Problem, Shape, outcome
@@ -103,16 +103,54 @@ def test_a_row_without_targets_has_no_softmax_loss(module: object, dtype: torch.
     torch.testing.assert_close(scores, grad)
 
 
-def test_untouched_rows_keep_weights_and_moments() -> None:
-    arguments = Problem(Shape(rows=2, slots=3)).arguments("pair_adam", torch.float32)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_untouched_rows_keep_weights_and_state(optimizer: str) -> None:
+    shape = Shape(rows=2, slots=3, optimizer=optimizer)
+    arguments = Problem(shape).arguments("pair_update", torch.float32)
     active, tensors = arguments[2], [arguments[3], arguments[4], *arguments[5], *arguments[6]]
     before = [tensor.clone() for tensor in tensors]
-    cpu.pair_adam(*arguments)
+    cpu.pair_update(*arguments)
     touched = torch.zeros(len(arguments[3]), dtype=torch.bool)
     touched[active[active >= 0]] = True
     for now, was in zip(tensors, before, strict=True):
-        assert torch.equal(now[~touched], was[~touched])
-        assert (now[touched] != was[touched]).all()
+        if len(now):  # Adagrad has no first moment
+            assert torch.equal(now[~touched], was[~touched])
+            assert (now[touched] != was[touched]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("module", [cpu, reference], ids=["cpu", "reference"])
+def test_rows_without_a_gradient_only_decay(module: object, optimizer: str, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(5, 7, dtype=dtype), torch.randn(5, dtype=dtype)
+    states = RowState.zeros_like(weight, optimizer), RowState.zeros_like(bias, optimizer)
+    settings = StepSettings(learning_rate=0.1, step=1, weight_decay=0.5)
+    expected = weight * 0.95, bias * 0.95
+    ids, zeros = torch.tensor([4, 0, 1, 2, 3]), torch.zeros(5, 7, dtype=dtype)
+    module.rows_update(ids, zeros, zeros[:, 0].contiguous(), weight, bias, *states, settings)
+    torch.testing.assert_close((weight, bias), expected)
+    assert all(moment.eq(0).all() for state in states for moment in state)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "shapes"),
+    [
+        ("adam", [(6, 4), (6, 4), (6,), (6,)]),
+        ("rowwise_adam", [(6, 4), (6, 1), (6,), (6,)]),
+        ("rowwise_adagrad", [(0, 4), (6, 1), (0,), (6,)]),
+    ],
+)
+def test_what_each_optimizer_keeps(optimizer: str, shapes: list[tuple[int, ...]]) -> None:
+    weight, bias = torch.nn.Parameter(torch.ones(6, 4)), torch.ones(6, dtype=torch.float64)
+    kept = [*RowState.zeros_like(weight, optimizer), *RowState.zeros_like(bias, optimizer)]
+    assert [tuple(moment.shape) for moment in kept] == shapes
+    assert [moment.dtype for moment in kept] == [torch.float32] * 2 + [torch.float64] * 2
+    assert all(moment.is_contiguous() and not moment.requires_grad and moment.eq(0).all() for moment in kept)
+
+
+def test_an_unknown_optimizer_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'optimizer' parameter .* one of .*'rowwise_adam'.* Got 'sgd'"):
+        RowState.zeros_like(torch.ones(2, 2), "sgd")
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -163,14 +201,50 @@ def _spoiled(name: str, at: int, change: object) -> list[object]:
         ("pair_logits", 0, lambda h: h.half(), r"torch.float32 or torch.float64"),
         ("pair_logits", 2, lambda b: b.to("meta"), r"'bias_C'.*on the CPU"),
         ("pair_hidden_grad", 0, lambda g: g[:, 1:], r"'grad_NA'.*of shape"),
-        ("pair_adam", 3, lambda w: w.T.contiguous().T, r"'weight_CD'.*contiguous"),
-        ("pair_adam", 2, lambda a: a + 1, r"'active_NA'.*ids in"),
+        ("pair_update", 3, lambda w: w.T.contiguous().T, r"'weight_CD'.*contiguous"),
+        ("pair_update", 2, lambda a: a + 1, r"'active_NA'.*ids in"),
         ("embedding_bag", 0, lambda p: p + 1, r"'indptr'.*rising from 0"),
         ("embedding_bag", 0, lambda p: p.flip(0), r"'indptr'.*rising from 0"),
         ("embedding_bag", 0, lambda p: p[:0], r"'indptr'"),
         ("embedding_bag", 1, lambda i: i - 50, r"'indices'.*ids in \[0, 83\)"),
-        ("embedding_bag_adam", 2, lambda v: v[1:], r"'values'.*of shape"),
-        ("rows_adam", 0, lambda i: i + 83, r"'ids_U'.*ids in \[0, 83\)"),
+        ("embedding_bag_update", 2, lambda v: v[1:], r"'values'.*of shape"),
+        (
+            "rows_update",
+            5,
+            lambda s: RowState(s.moment1[1:], s.moment2),
+            r"'moment1 of weight_CD'.*of shape \(0, 24",
+        ),
+        (
+            "rows_update",
+            5,
+            lambda s: RowState(s.moment1[:0], s.moment2),
+            r"'moment2 of weight_CD'.*of shape \(83, 1",
+        ),
+        (
+            "rows_update",
+            5,
+            lambda s: RowState(s.moment1, s.moment2[:, :2].clone()),
+            r"'moment2 of .*of shape \(83, 24",
+        ),
+        (
+            "rows_update",
+            5,
+            lambda s: RowState(s.moment1, s.moment2[:, 0].clone()),
+            r"'moment2 of .*of shape \(83, 24",
+        ),
+        (
+            "rows_update",
+            5,
+            lambda s: RowState(s.moment1, s.moment2[:, :1]),
+            r"'moment2 of weight_CD'.*contiguous",
+        ),
+        (
+            "pair_update",
+            6,
+            lambda s: RowState(s.moment1, s.moment2[1:]),
+            r"'moment2 of bias_C'.*of shape \(83,\)",
+        ),
+        ("rows_update", 0, lambda i: i + 83, r"'ids_U'.*ids in \[0, 83\)"),
         ("gather_rows", 2, lambda i: i - 83, r"'ids_U'.*ids in \[0, 83\)"),
         ("shared_softmax_loss", 2, lambda p: p + 70, r"'target_positions'.*ids in \[0, 70\)"),
         ("shared_softmax_loss", 0, lambda z: z.T.contiguous().T, r"'logits_NU'.*contiguous"),
@@ -197,9 +271,9 @@ def test_bad_arguments_are_refused_before_any_memory_is_touched(
         ("weight_decay", -1.0),
     ],
 )
-def test_adam_settings_are_checked(setting: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"'{setting}' parameter of AdamStep must be .* Got {value}"):
-        AdamStep(**({"learning_rate": 0.1, "step": 1} | {setting: value}))
+def test_step_settings_are_checked(setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"'{setting}' parameter of StepSettings must be .* Got {value}"):
+        StepSettings(**({"learning_rate": 0.1, "step": 1} | {setting: value}))
 
 
 def test_kernels_are_found_by_device() -> None:

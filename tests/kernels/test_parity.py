@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numba
 import pytest
 import torch
 
-from slidex.kernels import RowState, cpu, reference
-from tests.kernels.cases import ADAM, KERNELS, SHAPES, Problem, Shape, assert_parity, outcome
+from slidex.kernels import OPTIMIZERS, RowState, cpu, reference
+from tests.kernels.cases import KERNELS, SETTINGS, SHAPES, UPDATES, Problem, Shape, assert_parity, outcome
+
+CASES = [(name, "adam") for name in KERNELS] + [
+    (name, optimizer) for name in UPDATES for optimizer in OPTIMIZERS if optimizer != "adam"
+]
 
 
 @pytest.fixture
@@ -18,16 +23,20 @@ def restored_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("name", KERNELS)
-def test_cpu_kernel_agrees_with_reference(name: str, shape: Shape) -> None:
+@pytest.mark.parametrize(("name", "optimizer"), CASES)
+def test_cpu_kernel_agrees_with_reference(name: str, optimizer: str, shape: Shape) -> None:
     for seed in range(2):
-        assert_parity(getattr(cpu, name), getattr(reference, name), name, shape, seed)
+        assert_parity(
+            getattr(cpu, name), getattr(reference, name), name, replace(shape, optimizer=optimizer), seed
+        )
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_same_bits_in_every_run_and_for_any_number_of_threads(name: str, restored_threads: None) -> None:
+@pytest.mark.parametrize(("name", "optimizer"), CASES)
+def test_same_bits_in_every_run_and_for_any_number_of_threads(
+    name: str, optimizer: str, restored_threads: None
+) -> None:
     kernel = getattr(cpu, name)
-    arguments = Problem(SHAPES["many-ids"]).arguments(name, torch.float32)
+    arguments = Problem(replace(SHAPES["many-ids"], optimizer=optimizer)).arguments(name, torch.float32)
     first = outcome(kernel, arguments)
     for run in range(20):
         numba.set_num_threads(1 + run % min(2, numba.config.NUMBA_NUM_THREADS))
@@ -35,7 +44,7 @@ def test_same_bits_in_every_run_and_for_any_number_of_threads(name: str, restore
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if "shared" not in name and "adam" not in name])
+@pytest.mark.parametrize("name", [name for name in KERNELS if "shared" not in name and name not in UPDATES])
 def test_inputs_are_left_alone(name: str) -> None:
     arguments = Problem(Shape()).arguments(name, torch.float64)
     before = [argument.clone() for argument in arguments if isinstance(argument, torch.Tensor)]
@@ -98,22 +107,39 @@ def _label_shifted(kernel: Kernel, at: int) -> Kernel:
     return broken
 
 
-def _other_adam(kernel: Kernel, setting: str, value: float) -> Kernel:
+def _other_settings(kernel: Kernel, setting: str, value: float) -> Kernel:
     def broken(*arguments: object) -> object:
-        settings = {name: getattr(ADAM, name) for name in ADAM.__dataclass_fields__} | {setting: value}
-        return kernel(*arguments[:-1], type(ADAM)(**settings))
+        return kernel(*arguments[:-1], replace(SETTINGS, **{setting: value}))
 
     return broken
 
 
-def _moments_swapped(kernel: Kernel, at: int) -> Kernel:
+def _other_state(kernel: Kernel, at: int, change: Callable[[RowState], RowState]) -> Kernel:
     def broken(*arguments: object) -> object:
         changed = list(arguments)
-        state = changed[at]
-        changed[at] = RowState(state.moment1, state.moment2.clone())
+        changed[at] = change(changed[at])
         return kernel(*changed)
 
     return broken
+
+
+def _moment2_not_stored(state: RowState) -> RowState:
+    return RowState(state.moment1, state.moment2.clone())
+
+
+def _moment1_not_stored(state: RowState) -> RowState:
+    return RowState(state.moment1.clone(), state.moment2)
+
+
+def _rows_mixed_up(state: RowState) -> RowState:
+    """Moments of the next row, written back where they came from."""
+    state.moment2.copy_(state.moment2.roll(1, dims=0))
+    return state
+
+
+def _moment2_too_large(state: RowState) -> RowState:
+    state.moment2.mul_(1.01)
+    return state
 
 
 def _no_gradient(kernel: Kernel) -> Kernel:
@@ -129,23 +155,21 @@ BROKEN = {
     "embedding_bag: bias dropped": ("embedding_bag", _without, 4),
     "embedding_bag: values ignored": ("embedding_bag", _scaled, 2),
     "embedding_bag: one feature shifted": ("embedding_bag", _label_shifted, 1),
-    "embedding_bag_adam: scale": ("embedding_bag_adam", _scaled, 3),
-    "embedding_bag_adam: second moment not stored": ("embedding_bag_adam", _moments_swapped, 5),
+    "embedding_bag_update: scale": ("embedding_bag_update", _scaled, 3),
     "pair_logits: bias dropped": ("pair_logits", _without, 2),
     "pair_logits: scale": ("pair_logits", _scaled, 0),
     "pair_logits: pair lost": ("pair_logits", _pair_lost, 3),
     "pair_hidden_grad: scale": ("pair_hidden_grad", _scaled, 0),
     "pair_hidden_grad: pair lost": ("pair_hidden_grad", _pair_lost, 2),
-    "pair_adam: pair lost": ("pair_adam", _pair_lost, 2),
-    "pair_adam: scale": ("pair_adam", _scaled, 1),
-    "pair_adam: bias moment not stored": ("pair_adam", _moments_swapped, 6),
+    "pair_update: pair lost": ("pair_update", _pair_lost, 2),
+    "pair_update: scale": ("pair_update", _scaled, 1),
     "softmax_loss: label shifted": ("softmax_loss", _label_shifted, 1),
     "softmax_loss: offset dropped": ("softmax_loss", _without, 2),
     "logistic_loss: label shifted": ("logistic_loss", _label_shifted, 1),
     "logistic_loss: weight scaled": ("logistic_loss", _scaled, 2),
     "gather_rows: scale": ("gather_rows", _scaled, 0),
     "gather_rows: bias dropped": ("gather_rows", _without, 1),
-    "rows_adam: bias gradient dropped": ("rows_adam", _without, 2),
+    "rows_update: bias gradient dropped": ("rows_update", _without, 2),
     "shared_softmax_loss: label shifted": ("shared_softmax_loss", _label_shifted, 2),
     "shared_softmax_loss: offset dropped": ("shared_softmax_loss", _without, 4),
     "shared_logistic_loss: label shifted": ("shared_logistic_loss", _label_shifted, 2),
@@ -160,7 +184,33 @@ def test_the_comparison_notices_a_broken_kernel(defect: str) -> None:
         assert_parity(breaker(getattr(cpu, name), at), getattr(reference, name), name, Shape())
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name.endswith("adam")])
+STATES = [
+    ("embedding_bag_update", 5),
+    ("pair_update", 5),
+    ("pair_update", 6),
+    ("rows_update", 5),
+    ("rows_update", 6),
+]
+WRONG_STATES = [
+    (optimizer, change)
+    for optimizer in OPTIMIZERS
+    for change in (_moment1_not_stored, _moment2_not_stored, _moment2_too_large, _rows_mixed_up)
+    if (optimizer, change) != ("rowwise_adagrad", _moment1_not_stored)  # it has none
+]
+
+
+@pytest.mark.parametrize(("optimizer", "change"), WRONG_STATES)
+@pytest.mark.parametrize(("name", "at"), STATES)
+def test_the_comparison_notices_a_wrong_state(
+    name: str, at: int, optimizer: str, change: Callable[[RowState], RowState]
+) -> None:
+    broken = _other_state(getattr(cpu, name), at, change)
+    with pytest.raises(AssertionError):
+        assert_parity(broken, getattr(reference, name), name, Shape(optimizer=optimizer))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", UPDATES)
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -172,11 +222,14 @@ def test_the_comparison_notices_a_broken_kernel(defect: str) -> None:
         ("learning_rate", 0.0101),
     ],
 )
-def test_the_comparison_notices_a_wrong_adam(name: str, setting: str, value: float) -> None:
+def test_the_comparison_notices_wrong_settings(name: str, optimizer: str, setting: str, value: float) -> None:
+    broken = _other_settings(getattr(cpu, name), setting, value)
+    shape = Shape(optimizer=optimizer)
+    if optimizer == "rowwise_adagrad" and setting in ("beta1", "beta2", "step"):
+        assert_parity(broken, getattr(reference, name), name, shape)  # Adagrad knows neither decay nor time
+        return
     with pytest.raises(AssertionError):
-        assert_parity(
-            _other_adam(getattr(cpu, name), setting, value), getattr(reference, name), name, Shape()
-        )
+        assert_parity(broken, getattr(reference, name), name, shape)
 
 
 @pytest.mark.parametrize("name", ["shared_softmax_loss", "shared_logistic_loss"])

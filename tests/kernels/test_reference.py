@@ -1,4 +1,4 @@
-"""The oracle's own oracle: every reference formula against torch's operators, autograd and SparseAdam."""
+"""The oracle's own oracle: every reference formula against torch's operators, autograd and optimisers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from slidex.kernels import AdamStep, RowState, reference
+from slidex.kernels import RowState, StepSettings, reference
 from tests.kernels.cases import Problem, Shape
 
 DOUBLE = torch.float64
@@ -98,7 +98,7 @@ def _dense_gradients(active: torch.Tensor, grad: torch.Tensor, hidden: torch.Ten
 
 
 def test_updates_are_sparse_adam_over_several_steps() -> None:
-    grad, hidden, active, weight, bias, *_ = Problem(Shape(slots=20)).arguments("pair_adam", DOUBLE)
+    grad, hidden, active, weight, bias, *_ = Problem(Shape(slots=20)).arguments("pair_update", DOUBLE)
     parameters = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
     optimiser = torch.optim.SparseAdam(parameters, lr=0.02, betas=(0.8, 0.9), eps=1e-6)
     states = RowState.zeros_like(weight), RowState.zeros_like(bias)
@@ -113,8 +113,8 @@ def test_updates_are_sparse_adam_over_several_steps() -> None:
                 touched[None], dense[touched], parameter.shape, check_invariants=True
             )
         optimiser.step()
-        adam = AdamStep(learning_rate=0.02, beta1=0.8, beta2=0.9, epsilon=1e-6, step=step)
-        reference.pair_adam(grad, hidden, kept, weight, bias, *states, adam)
+        settings = StepSettings(learning_rate=0.02, beta1=0.8, beta2=0.9, epsilon=1e-6, step=step)
+        reference.pair_update(grad, hidden, kept, weight, bias, *states, settings)
         _close(weight, parameters[0].detach())
         _close(bias, parameters[1].detach())
 
@@ -129,6 +129,65 @@ def test_weight_decay_is_adamw_where_every_row_is_touched() -> None:
     for step in range(1, 4):
         parameter.grad = grad.expand(3, 4).clone()
         optimiser.step()
-        adam = AdamStep(learning_rate=0.05, epsilon=0.0, weight_decay=0.3, step=step)
-        reference.embedding_bag_adam(indptr, ids, None, grad, weight, state, adam)
+        settings = StepSettings(learning_rate=0.05, epsilon=0.0, weight_decay=0.3, step=step)
+        reference.embedding_bag_update(indptr, ids, None, grad, weight, state, settings)
         _close(weight, parameter.detach())
+
+
+SPARSE = {
+    "adam": lambda weight: torch.optim.SparseAdam([weight], lr=0.05, betas=(0.8, 0.9), eps=1e-3),
+    "rowwise_adam": lambda weight: torch.optim.SparseAdam([weight], lr=0.05, betas=(0.8, 0.9), eps=1e-3),
+    "rowwise_adagrad": lambda weight: torch.optim.Adagrad([weight], lr=0.05, eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("optimizer", SPARSE)
+def test_rowwise_rules_are_torchs_where_a_rows_gradient_has_one_magnitude(optimizer: str) -> None:
+    """The mean square of a row is then each entry's square, and torch's optimisers are the oracle."""
+    rng = torch.Generator().manual_seed(8)
+    weight = torch.randn(6, 4, dtype=DOUBLE, generator=rng)
+    parameter = weight.clone().requires_grad_()
+    torch_optimizer = SPARSE[optimizer](parameter)
+    state = RowState.zeros_like(weight, optimizer)
+    no_bias = torch.zeros(6, dtype=DOUBLE)
+    for step in range(1, 5):
+        ids = torch.randperm(6, generator=rng)[:4]
+        signs = torch.randint(0, 2, (4, 4), generator=rng) * 2 - 1
+        grad = torch.rand(4, 1, dtype=DOUBLE, generator=rng) * signs
+        parameter.grad = torch.sparse_coo_tensor(ids[None], grad, (6, 4), check_invariants=True)
+        with torch.sparse.check_sparse_tensor_invariants():  # Adagrad warns of what it leaves unsaid
+            torch_optimizer.step()
+        settings = StepSettings(learning_rate=0.05, beta1=0.8, beta2=0.9, epsilon=1e-3, step=step)
+        bias_state = RowState.zeros_like(no_bias, optimizer)
+        reference.rows_update(ids, grad, no_bias[:4], weight, no_bias, state, bias_state, settings)
+        _close(weight, parameter.detach())
+
+
+def test_rowwise_rules_take_the_mean_square_of_a_row() -> None:
+    grad = torch.tensor([[3.0, -4.0, 0.0, 5.0]], dtype=DOUBLE)  # mean square 12.5
+    for optimizer, moment2 in (("rowwise_adam", 0.1 * 12.5), ("rowwise_adagrad", 12.5)):
+        weight, state = grad * 0, RowState.zeros_like(grad, optimizer)
+        settings = StepSettings(learning_rate=0.5, step=1, beta2=0.9, epsilon=0.0)
+        indptr, ids = torch.tensor([0, 1]), torch.tensor([0], dtype=torch.int32)
+        reference.embedding_bag_update(indptr, ids, None, grad, weight, state, settings)
+        _close(state.moment2, torch.full((1, 1), moment2, dtype=DOUBLE))
+        _close(weight, -0.5 * grad / 12.5**0.5)
+
+
+@pytest.mark.parametrize("optimizer", SPARSE)
+def test_a_bias_has_a_state_of_its_own_for_each_entry(optimizer: str) -> None:
+    bias = torch.linspace(-1, 1, 5, dtype=DOUBLE)
+    parameter = bias.clone().requires_grad_()
+    torch_optimizer = SPARSE[optimizer](parameter)
+    state = RowState.zeros_like(bias, optimizer)
+    weight = torch.zeros(5, 0, dtype=DOUBLE)
+    ids, grad = torch.tensor([3, 0, 4]), torch.tensor([0.5, -2.0, 0.1], dtype=DOUBLE)
+    for step in range(1, 5):
+        parameter.grad = torch.sparse_coo_tensor(ids[None], grad, (5,), check_invariants=True)
+        with torch.sparse.check_sparse_tensor_invariants():
+            torch_optimizer.step()
+        settings = StepSettings(learning_rate=0.05, beta1=0.8, beta2=0.9, epsilon=1e-3, step=step)
+        reference.rows_update(
+            ids, weight[:3], grad, weight, bias, RowState.zeros_like(weight), state, settings
+        )
+        _close(bias, parameter.detach())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slidex.data import CsrArrays
-from slidex.kernels import AdamStep
+from slidex.kernels import StepSettings
 from slidex.nn.encoder import BagEncoder
 
 X = CsrArrays(
@@ -46,11 +46,22 @@ def test_backward_moves_touched_rows_as_sparse_adam_does():
 
     before = encoder.bag.clone()
     got, graph = encoder.forward_train(X, step=1)
-    encoder.backward(graph, upstream, AdamStep(learning_rate=0.1, step=1))
+    encoder.backward(graph, upstream, StepSettings(learning_rate=0.1, step=1))
     torch.testing.assert_close(got, hidden.detach())
     torch.testing.assert_close(encoder.dense[0].weight.grad, expected_dense)
     torch.testing.assert_close(encoder.bag.data, bag.detach(), rtol=1e-4, atol=1e-5)
     assert torch.equal(encoder.bag[2], before[2])  # no row has feature 2
+
+
+def test_the_bag_has_the_optimizer_that_was_asked_for():
+    encoder = BagEncoder(7, 5, normalize=False, optimizer="rowwise_adagrad", seed=1)
+    before = encoder.bag.clone()
+    _, graph = encoder.forward_train(X, step=1)
+    encoder.backward(graph, torch.ones(3, 5), StepSettings(learning_rate=0.1, step=1))
+    assert encoder.bag_state.moment1.numel() == 0
+    gradient = dense(X).T @ (graph.bag_ND + encoder.bias > 0).float()
+    expected = before - 0.1 * gradient / (gradient.square().mean(1, keepdim=True).sqrt() + 1e-8)
+    torch.testing.assert_close(encoder.bag.data, expected.detach())
 
 
 @pytest.mark.parametrize("which", ["input_dropout", "hidden_dropout"])

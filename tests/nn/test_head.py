@@ -8,7 +8,8 @@ import torch
 
 from slidex.data import CsrArrays
 from slidex.errors import ConfigError
-from slidex.kernels import AdamStep
+from slidex.kernels import OPTIMIZERS, StepSettings
+from slidex.kernels.optimizer import state_size
 from slidex.lsh import ClassSampler
 from slidex.nn.candidates import CandidateSelector
 from slidex.nn.head import SampledHead
@@ -19,11 +20,12 @@ LABELS = CsrArrays(
 )
 
 
-def make_head(mode, loss="softmax", random=C, correction="none"):
+def make_head(mode, loss="softmax", random=C, correction="none", optimizer="adam"):
     selector = CandidateSelector(
         C, index=None, sampler=ClassSampler(C, seed=1), retrieved=0, random=random, correction=correction
     )
-    head = SampledHead(D, C, mode=mode, loss=loss, selector=None if mode == "exact" else selector, seed=3)
+    selector = None if mode == "exact" else selector
+    head = SampledHead(D, C, mode=mode, loss=loss, selector=selector, optimizer=optimizer, seed=3)
     head.bias.copy_(torch.randn(C, generator=torch.Generator().manual_seed(4)))
     return head
 
@@ -58,7 +60,7 @@ def test_one_step_with_all_classes_active_equals_torch(mode, loss):
     optimizer.step()
 
     scored = head.score(hidden(), LABELS, step=1)
-    grad_hidden = head.update(scored, AdamStep(learning_rate=0.05, step=1))
+    grad_hidden = head.update(scored, StepSettings(learning_rate=0.05, step=1))
     torch.testing.assert_close(scored.loss_N, expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_hidden, hidden_ND.grad, rtol=1e-4, atol=1e-6)
     # A first Adam step is lr * sign(gradient): where a gradient is nearly 0 its sign is rounding.
@@ -67,13 +69,33 @@ def test_one_step_with_all_classes_active_equals_torch(mode, loss):
     torch.testing.assert_close(head.bias.data, bias.detach(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["exact", "shared", "per_sample"])
+def test_a_step_of_rowwise_adagrad_is_the_gradient_over_its_root_mean_square(mode):
+    head = make_head(mode, optimizer="rowwise_adagrad")
+    weight, bias = (t.detach().clone().requires_grad_() for t in (head.weight, head.bias))
+    torch_loss(weight, bias, hidden(), "softmax").mean().backward()
+    settings = StepSettings(learning_rate=0.05, step=1)
+    head.update(head.score(hidden(), LABELS, step=1), settings)
+    expected = weight - 0.05 * weight.grad / (weight.grad.square().mean(1, keepdim=True).sqrt() + 1e-8)
+    torch.testing.assert_close(head.weight.data, expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.bias.data, bias.detach() - 0.05 * bias.grad.sign(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_state_of_the_weights_is_as_large_as_the_optimizer_says(optimizer):
+    head = make_head("exact", optimizer=optimizer)
+    entries = sum(moment.numel() for moment in head.weight_state)
+    assert entries == {"adam": 2 * C * D, "rowwise_adam": C * D + C, "rowwise_adagrad": C}[optimizer]
+    assert entries == C * state_size(optimizer, D)
+
+
 @pytest.mark.parametrize("mode", ["shared", "per_sample"])
 def test_classes_that_are_not_active_do_not_move(mode):
     head = make_head(mode, random=5)
     before = head.weight.clone()
     scored = head.score(hidden(), LABELS, step=1)
     active = set(scored.ids.ravel().tolist()) - {-1}
-    head.update(scored, AdamStep(learning_rate=0.1, step=1))
+    head.update(scored, StepSettings(learning_rate=0.1, step=1))
     moved = set(torch.nonzero((head.weight != before).any(1)).ravel().tolist())
     assert moved == active
     assert len(active) < C
@@ -124,3 +146,5 @@ def test_bad_settings_are_named():
         SampledHead(D, C, mode="magic")
     with pytest.raises(ConfigError, match="'selector' parameter of SampledHead must be given"):
         SampledHead(D, C, mode="shared")
+    with pytest.raises(ConfigError, match="'optimizer' parameter of SampledHead must be one of"):
+        SampledHead(D, C, mode="exact", optimizer="sgd")

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from slidex.errors import ConfigError
+from slidex.kernels import OPTIMIZERS
 from slidex.train.config import PRESETS, TrainConfig, read_toml
 from slidex.train.settle import settle
 
@@ -44,6 +45,11 @@ def test_unknown_names_get_the_nearest_known_one():
         TrainConfig.from_mapping({"learning_rat": 1e-3})
     with pytest.raises(ConfigError, match="Did you mean 'fast'"):
         TrainConfig.from_mapping({}, preset="fest")
+
+
+def test_every_optimizer_of_the_kernels_can_be_chosen():
+    choices = next(item.metadata["choices"] for item in FIELDS if item.name == "optimizer")
+    assert choices == OPTIMIZERS
 
 
 def test_booleans_are_no_numbers():

@@ -41,6 +41,8 @@ FEW = {"mode": "shared", "batch_size": 16, "pool_size": 10, "rehash": "fixed", "
 RESUMED = MODES | {
     "updates of the index": FEW | {"index_options": {"bits": 3, "tables": 8, "center": True}},
     "an index that learns": FEW | {"index": "learned", "index_sample": 300},
+    "rowwise_adam": FEW | {"optimizer": "rowwise_adam"},
+    "rowwise_adagrad": {"mode": "per_sample", "optimizer": "rowwise_adagrad", "learning_rate": 0.1},
     "a share of the batch": {"mode": "per_sample", "correction": "none", "batch_share": 0.3},
 }
 
@@ -69,6 +71,20 @@ def test_every_mode_learns_the_easy_problem(easy_data, tmp_path, mode):
     assert sum(report["time_share"].values()) == pytest.approx(1.0)
     assert 0 < report["classes_seen"] <= 1
     assert events[-1]["event"] == "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [("adam", 0.02), ("rowwise_adam", 0.02), ("rowwise_adagrad", 0.1)]
+)
+def test_every_optimizer_learns_the_easy_problem(easy_data, tmp_path, optimizer, rate):
+    settings = config(mode="shared", optimizer=optimizer, learning_rate=rate, epochs=30)
+    run = slidex.fit(easy_data, tmp_path / "run", settings)
+    assert slidex.evaluate(run, easy_data)["P@1"] > 0.95
+    moments = {
+        name: t.numel() for name, t in run.checkpoint().tensors("optimizer").items() if "dense" not in name
+    }
+    kept = {"adam": 620 * 64 + 600, "rowwise_adam": 620 * 33 + 600, "rowwise_adagrad": 620 + 300}
+    assert sum(moments.values()) == kept[optimizer]  # 300 classes and 320 features, width 32, 300 biases
 
 
 def test_the_index_finds_what_exact_scoring_finds(easy_data, tmp_path):
@@ -176,8 +192,26 @@ def test_resume_refuses_other_settings_and_an_occupied_directory(easy_data, tmp_
     slidex.fit(easy_data, tmp_path / "run", config(mode="exact", max_steps=2))
     with pytest.raises(CheckpointError, match="exists already"):
         slidex.fit(easy_data, tmp_path / "run", config(mode="exact", max_steps=2))
-    with pytest.raises(CheckpointError, match="cannot be resumed with batch_size = 32; the run has 64"):
-        slidex.fit(easy_data, tmp_path / "run", config(mode="exact", max_steps=2, batch_size=32), resume=True)
+    for name, value, had in (("batch_size", 32, 64), ("optimizer", "rowwise_adam", "adam")):
+        other = config(**{"mode": "exact", "max_steps": 2, name: value})
+        with pytest.raises(CheckpointError, match=f"resumed with {name} = {value!r}; the run has {had!r}"):
+            slidex.fit(easy_data, tmp_path / "run", other, resume=True)
+
+
+def test_a_run_from_before_there_was_a_choice_of_optimizer_resumes_as_adam(easy_data, tmp_path):
+    settings = config(mode="shared", max_steps=8, checkpoint_every=4)
+    expected = weights(slidex.fit(easy_data, tmp_path / "run", settings))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    file = tmp_path / "run" / "run.json"
+    meta = json.loads(file.read_text())
+    assert meta["config"].pop("optimizer") == "adam"
+    file.write_text(json.dumps(meta))
+    other = config(mode="shared", max_steps=8, checkpoint_every=4, optimizer="rowwise_adagrad")
+    with pytest.raises(CheckpointError, match="'rowwise_adagrad'; the run has 'adam'"):
+        slidex.fit(easy_data, tmp_path / "run", other, resume=True)
+    got = weights(slidex.fit(easy_data, tmp_path / "run", settings, resume=True))
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
 def test_resume_passes_over_an_altered_checkpoint(easy_data, tmp_path):

@@ -17,7 +17,7 @@ from numba import njit
 from slidex.errors import ConfigError
 
 if TYPE_CHECKING:
-    from slidex.kernels.adam import RowState
+    from slidex.kernels.optimizer import RowState
 
 FLOATS = (torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -74,11 +74,13 @@ class Arguments:
     def parameter(
         self, name: str, tensor: torch.Tensor, state: RowState, shape: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Views of a parameter and its two moments, all overwritten by the kernel."""
+        """Views of a parameter and its state, in one of the shapes of `RowState`; all overwritten by the kernel."""
+        per_row = (shape[0], *(1 for _ in shape[1:]))
+        full = not state.sums and tuple(state.moment2.shape) != per_row
         return (
             self.in_place(name, tensor, shape),
-            self.in_place(f"moment1 of {name}", state.moment1, shape),
-            self.in_place(f"moment2 of {name}", state.moment2, shape),
+            self.in_place(f"moment1 of {name}", state.moment1, (0, *shape[1:]) if state.sums else shape),
+            self.in_place(f"moment2 of {name}", state.moment2, shape if full else per_row),
         )
 
     def ids(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:

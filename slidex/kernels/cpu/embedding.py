@@ -1,7 +1,7 @@
 """The sparse input layer: a weighted sum of feature rows, and its fused update.
 
 Forward walks the batch, one output row in cache while the feature rows stream past; the update is the same as
-the output layer's (`update.update_rows`) with a feature's value as the factor and the gradient rows as the
+the output layer's (`update.update_groups`) with a feature's value as the factor and the gradient rows as the
 source. Letters: N batch rows, F features, D width, M stored pairs of the batch.
 """
 
@@ -16,10 +16,10 @@ from numba import njit, prange
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
 from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
 from slidex.kernels.cpu.transpose import group_by_id
-from slidex.kernels.cpu.update import update_rows
+from slidex.kernels.cpu.update import update_groups
 
 if TYPE_CHECKING:
-    from slidex.kernels.adam import AdamStep, RowState
+    from slidex.kernels.optimizer import RowState, StepSettings
 
 _PAIRS_AHEAD = 8
 
@@ -63,20 +63,20 @@ def embedding_bag(
     return out_ND
 
 
-def embedding_bag_adam(
+def embedding_bag_update(
     indptr: torch.Tensor,
     indices: torch.Tensor,
     values: torch.Tensor | None,
     grad_ND: torch.Tensor,
     weight_FD: torch.Tensor,
     state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Gradient of the touched feature rows and their Adam step, in one pass and in place.
+    """Gradient of the touched feature rows and their optimiser step, in one pass and in place.
 
     ``grad_weight[f] = sum over pairs j of row n with indices[j] = f of values[j] * grad[n]``; untouched rows
-    keep weights and moments. Cost O(M), whatever F. Deterministic: pairs are summed in the order of their
-    position. Reference: `slidex.kernels.reference.embedding_bag_adam`.
+    keep weights and state. Cost O(M), whatever F. Deterministic: pairs are summed in the order of their
+    position. Reference: `slidex.kernels.reference.embedding_bag_update`.
 
     Args:
         indptr: int64 (N + 1,), from 0 to M.
@@ -84,14 +84,14 @@ def embedding_bag_adam(
         values: (M,) of `weight_FD`'s dtype, or None where each counts 1.
         grad_ND: Gradient of `embedding_bag`'s result, dtype of `weight_FD`.
         weight_FD: float32 or float64, updated in place; contiguous.
-        state: Moments of `weight_FD`, updated in place.
-        adam: The step's settings.
+        state: State of `weight_FD`, updated in place.
+        settings: The step's settings.
 
     Raises:
         ConfigError: A shape, dtype, offset or id does not fit.
     """
     (num_features, width), nnz, num_rows = weight_FD.shape, indices.shape[0], max(indptr.shape[0] - 1, 0)
-    check = Arguments("embedding_bag_adam", weight_FD.dtype)
+    check = Arguments("embedding_bag_update", weight_FD.dtype)
     offsets = check.offsets("indptr", indptr, num_rows, nnz)
     ids = check.ids("indices", indices, (nnz,), 0, num_features)
     factors = check.floats_or(1, "values", values, (nnz,))
@@ -99,7 +99,7 @@ def embedding_bag_adam(
     weights = check.parameter("weight_FD", weight_FD, state, (num_features, width))
     no_bias = np.empty(0, dtype=grad.dtype)
     groups = group_by_id(ids, offsets, num_features, num_chunks())
-    update_rows(groups, factors, grad, weights, (no_bias, no_bias, no_bias), adam)
+    update_groups(groups, factors, grad, weights, (no_bias, no_bias, no_bias), settings)
 
 
 @njit(cache=True, nogil=True, parallel=True)

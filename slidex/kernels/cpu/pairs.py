@@ -2,8 +2,9 @@
 
 Scores and the hidden gradient walk the batch row by row, with the weight rows of later slots prefetched. The
 update walks class by class: the (row, slot) pairs are regrouped so that each weight row is loaded once, its
-gradient summed over its samples in cache and Adam applied at once, with no atomics. All results are bit-equal
-for any thread count. Letters: N batch rows, C classes, D hidden width, A active slots per row (-1 is a pad).
+gradient summed over its samples in cache and the optimiser's step applied at once, with no atomics. All results
+are bit-equal for any thread count. Letters: N batch rows, C classes, D hidden width, A active slots per row (-1 is a
+pad).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from numba import njit, prange
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
 from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
 from slidex.kernels.cpu.transpose import group_by_id
-from slidex.kernels.cpu.update import update_rows
+from slidex.kernels.cpu.update import update_groups
 
 if TYPE_CHECKING:
-    from slidex.kernels.adam import AdamStep, RowState
+    from slidex.kernels.optimizer import RowState, StepSettings
 
 _SLOTS_AHEAD = 8
 
@@ -87,7 +88,7 @@ def pair_hidden_grad(grad_NA: torch.Tensor, weight_CD: torch.Tensor, active_NA: 
     return hidden_grad_ND
 
 
-def pair_adam(
+def pair_update(
     grad_NA: torch.Tensor,
     hidden_ND: torch.Tensor,
     active_NA: torch.Tensor,
@@ -95,13 +96,13 @@ def pair_adam(
     bias_C: torch.Tensor,
     weight_state: RowState,
     bias_state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Gradient of the active weight rows and biases, and their Adam step, in one pass and in place.
+    """Gradient of the active weight rows and biases, and their optimiser step, in one pass and in place.
 
     ``grad_weight[c] = sum over pairs (n, a) with active[n, a] = c of grad[n, a] * hidden[n]``, likewise the
-    bias; rows without a pair keep weights and moments. Cost O(N * A), whatever C. Deterministic: pairs are
-    summed in the order of their position. Reference: `slidex.kernels.reference.pair_adam`.
+    bias; rows without a pair keep weights and state. Cost O(N * A), whatever C. Deterministic: pairs are
+    summed in the order of their position. Reference: `slidex.kernels.reference.pair_update`.
 
     Args:
         grad_NA: float32 or float64, gradient of the logits; ignored at pads.
@@ -109,15 +110,15 @@ def pair_adam(
         active_NA: int64 class ids in [0, C), or -1 for a pad.
         weight_CD: Updated in place; contiguous.
         bias_C: Updated in place; contiguous.
-        weight_state: Moments of `weight_CD`, updated in place.
-        bias_state: Moments of `bias_C`, updated in place.
-        adam: The step's settings.
+        weight_state: State of `weight_CD`, updated in place.
+        bias_state: State of `bias_C`, updated in place.
+        settings: The step's settings.
 
     Raises:
         ConfigError: A shape, dtype or id does not fit.
     """
     (num_rows, num_slots), (num_classes, width) = grad_NA.shape, weight_CD.shape
-    check = Arguments("pair_adam", grad_NA.dtype)
+    check = Arguments("pair_update", grad_NA.dtype)
     grad = check.floats("grad_NA", grad_NA, (num_rows, num_slots))
     active = check.ids("active_NA", active_NA, (num_rows, num_slots), -1, num_classes)
     hidden = check.floats("hidden_ND", hidden_ND, (num_rows, width))
@@ -125,7 +126,7 @@ def pair_adam(
     biases = check.parameter("bias_C", bias_C, bias_state, (num_classes,))
     indptr = np.arange(num_rows + 1) * num_slots
     groups = group_by_id(active.reshape(-1), indptr, num_classes, num_chunks())
-    update_rows(groups, grad.reshape(-1), hidden, weights, biases, adam)
+    update_groups(groups, grad.reshape(-1), hidden, weights, biases, settings)
 
 
 @njit(cache=True, nogil=True, parallel=True)

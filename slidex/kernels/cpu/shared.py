@@ -1,7 +1,7 @@
 """Shared-pool mode: the batch scores one pool of U classes, so the products are dense and belong to BLAS.
 
 What is left for kernels is at the two ends: gather the pool's weight rows into a block, and scatter the
-block's gradient back with Adam applied on the way. Letters: C classes, D hidden width, U pool size.
+block's gradient back with the optimiser's step applied on the way. Letters: C classes, D hidden width, U pool size.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
 from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
-from slidex.kernels.cpu.update import AHEAD, adam_entry, adam_row, coefficients, prefetch_parameter
+from slidex.kernels.cpu.update import AHEAD, coefficients, prefetch_parameter, update_entry, update_row
 
 if TYPE_CHECKING:
-    from slidex.kernels.adam import AdamStep, RowState
+    from slidex.kernels.optimizer import RowState, StepSettings
 
 _ROWS_AHEAD = 8
 
@@ -55,7 +55,7 @@ def gather_rows(
     return block_UD, bias_U
 
 
-def rows_adam(
+def rows_update(
     ids_U: torch.Tensor,
     grad_UD: torch.Tensor,
     grad_bias_U: torch.Tensor,
@@ -63,12 +63,12 @@ def rows_adam(
     bias_C: torch.Tensor,
     weight_state: RowState,
     bias_state: RowState,
-    adam: AdamStep,
+    settings: StepSettings,
 ) -> None:
-    """Adam step of the pool's rows and biases, in place.
+    """Optimiser step of the pool's rows and biases, in place.
 
-    Reads U gradient rows, reads and writes U rows of weight and moments; deterministic. Reference:
-    `slidex.kernels.reference.rows_adam`.
+    Reads U gradient rows, reads and writes U rows of weight and state; deterministic. Reference:
+    `slidex.kernels.reference.rows_update`.
 
     Args:
         ids_U: int64 class ids in [0, C), each at most once.
@@ -76,24 +76,24 @@ def rows_adam(
         grad_bias_U: Gradient of the biases, dtype of `weight_CD`.
         weight_CD: float32 or float64, updated in place; contiguous.
         bias_C: Updated in place; contiguous.
-        weight_state: Moments of `weight_CD`, updated in place.
-        bias_state: Moments of `bias_C`, updated in place.
-        adam: The step's settings.
+        weight_state: State of `weight_CD`, updated in place.
+        bias_state: State of `bias_C`, updated in place.
+        settings: The step's settings.
 
     Raises:
         ConfigError: A shape, dtype or id does not fit.
     """
     num_classes, width = weight_CD.shape
     pool_size = ids_U.shape[0]
-    check = Arguments("rows_adam", weight_CD.dtype)
+    check = Arguments("rows_update", weight_CD.dtype)
     grad = check.floats("grad_UD", grad_UD, (pool_size, width))
-    _rows_adam(
+    _rows_update(
         check.ids("ids_U", ids_U, (pool_size,), 0, num_classes),
         grad,
         check.floats("grad_bias_U", grad_bias_U, (pool_size,)),
         check.parameter("weight_CD", weight_CD, weight_state, (num_classes, width)),
         check.parameter("bias_C", bias_C, bias_state, (num_classes,)),
-        coefficients(adam, grad.dtype),
+        coefficients(settings, grad.dtype),
         num_chunks(),
     )
 
@@ -117,17 +117,16 @@ def _gather_chunk(weight_CD, bias_C, ids_U, block_UD, bias_U):
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _rows_adam(ids_U, grad_UD, grad_bias_U, weights, biases, step, chunks):
+def _rows_update(ids_U, grad_UD, grad_bias_U, weights, biases, step, chunks):
     for chunk in prange(chunks):
         part = slice(ids_U.size * chunk // chunks, ids_U.size * (chunk + 1) // chunks)
-        _rows_adam_chunk(ids_U[part], grad_UD[part], grad_bias_U[part], weights, biases, step)
+        _rows_chunk(ids_U[part], grad_UD[part], grad_bias_U[part], weights, biases, step)
 
 
 @njit(nogil=True, fastmath=FASTMATH)
-def _rows_adam_chunk(ids_U, grad_UD, grad_bias_U, weights, biases, step):
-    bias_C, bias_moment1_C, bias_moment2_C = biases
+def _rows_chunk(ids_U, grad_UD, grad_bias_U, weights, biases, step):
     for u in range(ids_U.size):
         if u + AHEAD < ids_U.size:
             prefetch_parameter(weights, ids_U[u + AHEAD])
-        adam_row(grad_UD[u], weights, ids_U[u], step)
-        adam_entry(grad_bias_U[u], bias_C, bias_moment1_C, bias_moment2_C, ids_U[u], step)
+        update_row(grad_UD[u], weights, ids_U[u], step)
+        update_entry(grad_bias_U[u], biases, ids_U[u], step)
