@@ -39,7 +39,8 @@ PROJECTIONS = ("gaussian", "sparse")
 _ROW_LEVELS = 255
 _EXACT_LIMIT = 1 << 24
 _INFINITY_BITS = 0x7F800000
-_CHUNK_PROJECTIONS = 1 << 21
+_CHUNK_PROJECTIONS = 1 << 18
+"""Projections made at once: they are read again at once, and stay in the second-level cache."""
 _PROJECTION_STREAM = 0x51A5
 
 

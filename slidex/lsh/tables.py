@@ -135,7 +135,6 @@ class BucketTables:
         num_classes = self.ids.shape[1]
         if len(self._pool_votes_C) == 0:
             self._pool_votes_C = np.zeros(num_classes, dtype=np.int32)
-            self._touched_C = np.empty(num_classes, dtype=np.int32)
         buckets, key = self._buckets(), np.uint64(voting.mix_ids(np.array([step]), self._seed)[0])
         if self._first_come:
             ids = np.empty(min(budget, num_classes), dtype=np.int64)
@@ -143,9 +142,13 @@ class BucketTables:
             return np.sort(ids[:found])
         codes_LM = np.ascontiguousarray(codes_NLV.transpose(1, 0, 2)).reshape(len(self.ids), -1)
         counts_T = np.zeros(numba.get_num_threads(), dtype=np.int64)
+        if len(self._touched_C) != num_classes + len(counts_T):
+            self._touched_C = np.empty(num_classes + len(counts_T), dtype=np.int32)
         voting.pool_votes(buckets, codes_LM, key, self._pool_votes_C, self._touched_C, counts_T)
-        ids, votes = voting.take_votes(self._touched_C, counts_T, self._pool_votes_C)
-        return np.sort(_most_voted(ids, votes, budget, self._min_votes, key))
+        most = codes_LM.size * (2 if self.inserted.most else 1)
+        return voting.most_voted(
+            self._pool_votes_C, self._touched_C, counts_T, most, budget, self._min_votes, key
+        )
 
     def _buckets(self) -> Buckets:
         inserted = self.inserted
@@ -166,21 +169,6 @@ class BucketTables:
         if self._votes_TC.shape != shape or self._votes_TC.dtype != dtype:
             self._votes_TC = np.zeros(shape, dtype=dtype)
         return self._votes_TC
-
-
-def _most_voted(
-    ids: np.ndarray, votes: np.ndarray, budget: int, min_votes: int, key: np.uint64
-) -> np.ndarray:
-    """At most `budget` of `ids` by votes; among equals at the cut, those of the smallest hash with `key`."""
-    reaching = np.cumsum(np.bincount(votes, minlength=min_votes + 1)[::-1])[::-1]
-    if reaching[min_votes] <= budget:
-        return ids[votes >= min_votes]
-    # reaching[v] classes have v votes or more; `cut` is the lowest level that is wanted, and only in part.
-    cut = int(np.flatnonzero(reaching > budget)[-1])
-    above, level = ids[votes > cut], ids[votes == cut]
-    wanted = budget - len(above)
-    chosen = np.argpartition(voting.mix_ids(level, key), wanted)[:wanted]
-    return np.concatenate([above, level[chosen]])
 
 
 @numba.njit(cache=True, nogil=True)

@@ -207,16 +207,22 @@ def query_capacity(buckets, codes_NLV):
 
 @numba.njit(cache=True, nogil=True)
 def _vote_range(ids, low, high, weight, votes, touched, count):
-    """`weight` votes for each of the ascending `ids` in ``[low, high)``."""
-    for i in range(np.searchsorted(ids, low), len(ids)):
-        c = ids[i]
-        if c >= high:
-            break
-        if votes[c] == 0:
-            touched[low + count] = c
-            count += 1
-        votes[c] += weight
+    """`weight` votes for each of the ascending `ids` in ``[low, high)``; free of branches, as `_vote_run`."""
+    first = 0 if low == 0 else np.searchsorted(ids, low)
+    last = len(ids) if high == len(votes) else np.searchsorted(ids, high)
+    for i in range(first, last):
+        c = np.uint32(ids[np.uint64(i)])
+        seen = votes[c]
+        touched[np.uint64(count)] = c
+        count += seen == 0
+        votes[c] = seen + weight
     return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _touched_from(num_classes, chunk, threads):
+    """Where a thread's touched classes begin: with one entry between threads that is written but never kept."""
+    return num_classes * chunk // threads + chunk
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
@@ -230,7 +236,7 @@ def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
         codes_LM: int32 (L, M), all codes looked up in each table, sorted in place.
         key: uint64; places the windows of overfull buckets.
         votes: int32 (C,), zeros; receives the votes.
-        touched: int32 (C,); thread t's touched classes are written from ``C * t // T`` on.
+        touched: int32 (C + T,); receives the classes that have votes, for `most_voted`.
         counts_T: int64 (T,), receives how many classes each thread touched.
     """
     for t in numba.prange(codes_LM.shape[0]):
@@ -239,6 +245,7 @@ def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
     for chunk in numba.prange(threads):
         scratch = np.empty(scratch_size(buckets), dtype=np.int32)
         low, high = num_classes * chunk // threads, num_classes * (chunk + 1) // threads
+        own = touched[_touched_from(num_classes, chunk, threads) :]
         count = 0
         for t in range(codes_LM.shape[0]):
             codes = codes_LM[t]
@@ -249,28 +256,60 @@ def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
                     i += 1
                 ids, start, take = read_bucket(buckets, t, bucket, bucket_key(key, t, bucket), scratch)
                 tail = min(take, len(ids) - start)
-                count = _vote_range(ids[start : start + tail], low, high, i - run, votes, touched, count)
-                count = _vote_range(ids[: take - tail], low, high, i - run, votes, touched, count)
+                count = _vote_range(ids[start : start + tail], low, high, i - run, votes, own, count)
+                count = _vote_range(ids[: take - tail], low, high, i - run, votes, own, count)
                 if has_inserted(buckets):
                     inserted = read_inserted(buckets, t, bucket)
-                    count = _vote_range(inserted, low, high, i - run, votes, touched, count)
+                    count = _vote_range(inserted, low, high, i - run, votes, own, count)
         counts_T[chunk] = count
 
 
 @numba.njit(cache=True, nogil=True)
-def take_votes(touched, counts_T, votes):
-    """Gather what `pool_votes` counted and set the votes back to zero.
+def most_voted(votes, touched, counts_T, most, budget, min_votes, key):
+    """Takes the best of what `pool_votes` counted and sets all votes back to zero.
+
+    Among equals at the cut, classes of the smallest hash with `key` are taken.
+
+    Args:
+        votes: int32 (C,).
+        touched: int32 (C + T,).
+        counts_T: int64 (T,).
+        most: No class has more votes.
+        budget: At most so many classes.
+        min_votes: Classes with fewer votes are left out; at least 1.
+        key: uint64.
 
     Returns:
-        int64 (M,) ids and int32 (M,) votes of the touched classes.
+        int64 (at most budget,) class ids, ascending.
     """
-    total = counts_T.sum()
-    ids, found = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int32)
-    at = 0
-    for chunk in range(len(counts_T)):
-        low = len(votes) * chunk // len(counts_T)
-        for i in range(low, low + counts_T[chunk]):
-            ids[at], found[at] = touched[i], votes[touched[i]]
-            votes[touched[i]] = 0
-            at += 1
-    return ids, found
+    num_classes, threads = len(votes), len(counts_T)
+    histogram = np.zeros(most + 1, dtype=np.int64)
+    for chunk in range(threads):
+        first = _touched_from(num_classes, chunk, threads)
+        for i in range(first, first + counts_T[chunk]):
+            histogram[votes[np.uint32(touched[np.uint64(i)])]] += 1
+    above, cut = np.int64(0), most  # so many classes have more than `cut` votes
+    while cut >= min_votes and above + histogram[cut] <= budget:
+        above += histogram[cut]
+        cut -= 1
+    equal = histogram[cut] if cut >= min_votes else 0
+    chosen, level = np.empty(above + 1, dtype=np.int64), np.empty(equal + 1, dtype=np.int64)
+    taken = ties = 0
+    for chunk in range(threads):
+        first = _touched_from(num_classes, chunk, threads)
+        for i in range(first, first + counts_T[chunk]):
+            c = np.uint32(touched[np.uint64(i)])
+            chosen[np.uint64(taken)] = c
+            level[np.uint64(ties)] = c
+            taken += votes[c] > cut
+            ties += votes[c] == cut and equal > 0
+            votes[c] = 0
+    wanted = min(budget - taken, ties)
+    ids = np.empty(taken + wanted, dtype=np.int64)
+    ids[:taken] = chosen[:taken]
+    if wanted > 0:
+        hashes = mix_ids(level[:ties], key)
+        largest = np.partition(hashes, wanted - 1)[wanted - 1]  # hashes of distinct ids are distinct
+        ids[taken:] = level[:ties][hashes <= largest]
+    ids.sort()
+    return ids
