@@ -162,20 +162,17 @@ class CandidateSelector:
         widest = int(np.diff(labels.indptr).max(initial=0))
         width = widest + retrieved_NK.shape[1] + len(batch) + len(random)
         active_NA = np.empty((num_rows, width), dtype=np.int64)
+        target_NA = torch.zeros((num_rows, width), dtype=hidden_ND.dtype)
         exact_N, tail_N = _fill_active_sets(
-            labels.indptr, labels.indices, retrieved_NK, batch, random, active_NA
+            labels.indptr, labels.indices, retrieved_NK, batch, random, active_NA, target_NA.numpy()
         )
-        slot_A = np.arange(active_NA.shape[1])
-        true_N1 = np.diff(labels.indptr)[:, None]
-        target_NA = np.where(slot_A < true_N1, 1.0 / np.maximum(true_N1, 1), 0.0)
         offset_NA = None
         if self.correction != "none":
+            slot_A = np.arange(width)
             in_tail = (slot_A >= exact_N[:, None]) & (slot_A < (exact_N + tail_N)[:, None])
             weight = self._tail_log_weight(active_NA, exact_N[:, None], tail_N[:, None])
             offset_NA = torch.from_numpy(np.where(in_tail, weight, 0.0)).to(hidden_ND.dtype)
-        return ActiveSets(
-            torch.from_numpy(active_NA), torch.from_numpy(target_NA).to(hidden_ND.dtype), offset_NA
-        )
+        return ActiveSets(torch.from_numpy(active_NA), target_NA, offset_NA)
 
     def _batch_classes(self, labels: CsrArrays, step: int) -> np.ndarray:
         """Distinct true classes of the batch, a uniform draw where there are more than wanted: int64 (<= batch,)."""
@@ -256,10 +253,11 @@ def _merge_pool(labels, retrieved, random, slot_C):
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_active_sets(indptr, labels, retrieved_NK, batch, random, active_NA):
+def _fill_active_sets(indptr, labels, retrieved_NK, batch, random, active_NA, target_NA):
     """Writes every row's union of its true, its retrieved, the batch's and the random classes, in that order.
 
-    Returns the counts per row of what the first three put there, and of what the random ones added.
+    The true ones share the target mass, all else in `target_NA` stays. Returns the counts per row of what the first
+    three put there, and of what the random ones added.
 
     A row's classes are told apart with an open-addressing hash table of at least twice their number.
     """
@@ -274,6 +272,7 @@ def _fill_active_sets(indptr, labels, retrieved_NK, batch, random, active_NA):
     for row in range(num_rows):
         table[:] = -1
         size = 0
+        target_NA[row, : indptr[row + 1] - indptr[row]] = 1.0 / max(1, indptr[row + 1] - indptr[row])
         first = indptr[row]
         end_true = indptr[row + 1] - first
         end_retrieved = end_true + retrieved_NK.shape[1]

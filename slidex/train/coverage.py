@@ -11,6 +11,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+import numba
 import numpy as np
 
 if TYPE_CHECKING:
@@ -50,14 +51,10 @@ class ClassRecord:
                 classes first, padded with -1.
             labels: True classes of the N rows.
         """
-        active = ids.numpy()
-        self.flags_C1[active.ravel()] |= SEEN | TOUCHED
-        if active.ndim == 2:
-            own = np.arange(active.shape[1]) < np.diff(labels.indptr)[:, None]
-            negatives = active[~own]
-        else:  # the true classes of a row are negatives of the other rows, if there are any
-            negatives = active if labels.num_rows > 1 else active[labels.nnz :]
-        self.flags_C1[negatives] |= NEGATIVE
+        active, own_N = ids.numpy(), np.diff(labels.indptr)
+        if active.ndim == 1:  # the true classes of a row are negatives of the other rows, if there are any
+            active, own_N = active[None], own_N if len(own_N) == 1 else np.zeros(1, dtype=np.int64)
+        _mark(active, own_N, self.flags_C1)
 
     def ids(self, bit: int) -> np.ndarray:
         """Classes that have the bit: int64, ascending."""
@@ -70,6 +67,14 @@ class ClassRecord:
     def clear(self, bit: int) -> None:
         """Takes the bit from all classes."""
         self.flags_C1 &= np.uint8(~bit & 0xFF)
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark(active_NA, own_N, flags_C1):
+    """Flags each row's classes; the first `own_N` of a row are its true ones, the others negatives."""
+    for n in range(active_NA.shape[0]):
+        for a in range(active_NA.shape[1]):
+            flags_C1[active_NA[n, a]] |= SEEN | TOUCHED if a < own_N[n] else SEEN | TOUCHED | NEGATIVE
 
 
 class CollapseWatch:
