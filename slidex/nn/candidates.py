@@ -56,11 +56,13 @@ class ActiveSets:
         active_NA: int64 (N, A), unique within a row, padded with -1.
         target_NA: float (N, A), target mass of each slot; a row sums to 1, or to 0 if it has no true class.
         offset_NA: float (N, A), log weight of each slot in the softmax's denominator; None means all 0.
+        count: Slots that are no padding.
     """
 
     active_NA: torch.Tensor
     target_NA: torch.Tensor
     offset_NA: torch.Tensor | None
+    count: int
 
 
 class CandidateSelector:
@@ -172,7 +174,8 @@ class CandidateSelector:
             in_tail = (slot_A >= exact_N[:, None]) & (slot_A < (exact_N + tail_N)[:, None])
             weight = self._tail_log_weight(active_NA, exact_N[:, None], tail_N[:, None])
             offset_NA = torch.from_numpy(np.where(in_tail, weight, 0.0)).to(hidden_ND.dtype)
-        return ActiveSets(torch.from_numpy(active_NA), target_NA, offset_NA)
+        count = int(exact_N.sum() + tail_N.sum())
+        return ActiveSets(torch.from_numpy(active_NA), target_NA, offset_NA, count)
 
     def _batch_classes(self, labels: CsrArrays, step: int) -> np.ndarray:
         """Distinct true classes of the batch, a uniform draw where there are more than wanted: int64 (<= batch,)."""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numba
 import numpy as np
 import torch
 from torch import nn
@@ -74,21 +76,31 @@ class BagEncoder(nn.Module):
             x: N rows of features.
             step: Keys the dropout masks of a training step; None means no dropout.
         """
-        return self._layers(self._bag_sum(self._inputs(x, step)), step)
+        x, generator = self._inputs(x, step), self._dropout_generator(step)
+        return self._dense_layers(self._bag_layer(x, generator), generator)
 
     def forward_train(self, x: CsrArrays, step: int) -> tuple[torch.Tensor, TrainingGraph]:
         """As `forward`, with what `backward` needs to continue from the hidden vectors' gradient."""
-        x = self._inputs(x, step)
-        bag_ND = self._bag_sum(x).requires_grad_()
-        hidden_NH = self._layers(bag_ND, step)
+        x, generator = self._inputs(x, step), self._dropout_generator(step)
+        bag_ND = self._bag_layer(x, generator)
+        if not self.dense:
+            return bag_ND, TrainingGraph(x, bag_ND, None)
+        hidden_NH = self._dense_layers(bag_ND.requires_grad_(), generator)
         return hidden_NH.detach(), TrainingGraph(x, bag_ND, hidden_NH)
 
     def backward(self, graph: TrainingGraph, grad_hidden_NH: torch.Tensor, settings: StepSettings) -> None:
         """Accumulates `.grad` of the dense parameters and applies one optimiser step to the touched rows of the bag."""
-        graph.hidden_NH.backward(grad_hidden_NH)
-        x, grad_bag_ND = graph.x, graph.bag_ND.grad
-        if grad_bag_ND is None:
-            raise RuntimeError("autograd left no gradient at the embedding bag")
+        x, grad_ND = graph.x, grad_hidden_NH
+        if graph.hidden_NH is not None:
+            graph.hidden_NH.backward(grad_hidden_NH)
+            if graph.bag_ND.grad is None:
+                raise RuntimeError("autograd left no gradient at the embedding bag")
+            grad_ND = graph.bag_ND.grad
+        # The bag's units that were negative or dropped are 0; those kept had been scaled up by 1 / (1 - dropout).
+        kept = graph.bag_ND.detach() > 0
+        grad_bag_ND = grad_ND * (kept if self.hidden_dropout == 0 else kept / (1 - self.hidden_dropout))
+        grad_D = grad_bag_ND.sum(0)
+        self.bias.grad = grad_D if self.bias.grad is None else self.bias.grad + grad_D
         kernels.embedding_bag_update(
             torch.from_numpy(x.indptr),
             torch.from_numpy(x.indices),
@@ -102,7 +114,8 @@ class BagEncoder(nn.Module):
     def _inputs(self, x: CsrArrays, step: int | None) -> CsrArrays:
         values = x.values
         if self.normalize:
-            values = _unit_rows(x)
+            values = np.empty(len(x.indices), dtype=np.float32)
+            _unit_rows(x.indptr, values[:0] if x.values is None else x.values, values)
         if step is not None and self.input_dropout > 0:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
             keep = rng.random(len(x.indices), dtype=np.float32) >= self.input_dropout
@@ -112,20 +125,22 @@ class BagEncoder(nn.Module):
             return x
         return CsrArrays(x.indptr, x.indices, values, x.num_columns)
 
-    def _bag_sum(self, x: CsrArrays) -> torch.Tensor:
+    def _bag_layer(self, x: CsrArrays, generator: torch.Generator | None) -> torch.Tensor:
         values = None if x.values is None else torch.from_numpy(x.values)
-        return kernels.embedding_bag(
-            torch.from_numpy(x.indptr), torch.from_numpy(x.indices), values, self.bag, None
+        sums_ND = kernels.embedding_bag(
+            torch.from_numpy(x.indptr), torch.from_numpy(x.indices), values, self.bag, self.bias.detach()
         )
+        return self._dropout(sums_ND.relu_(), generator)
 
-    def _layers(self, bag_ND: torch.Tensor, step: int | None) -> torch.Tensor:
-        generator = None
-        if step is not None and self.hidden_dropout > 0:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        hidden = self._dropout(torch.relu(bag_ND + self.bias), generator)
+    def _dense_layers(self, hidden: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         for layer in self.dense:
             hidden = self._dropout(torch.relu(layer(hidden)), generator)
         return hidden
+
+    def _dropout_generator(self, step: int | None) -> torch.Generator | None:
+        if step is None or self.hidden_dropout == 0:
+            return None
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     def _dropout(self, hidden: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
         if generator is None:
@@ -134,19 +149,34 @@ class BagEncoder(nn.Module):
         return hidden * keep / (1 - self.hidden_dropout)
 
 
+@dataclass(frozen=True, slots=True)
 class TrainingGraph:
-    """What a training step remembers between the encoder's forward and backward pass."""
+    """What a training step remembers between the encoder's forward and backward pass.
 
-    __slots__ = ("bag_ND", "hidden_NH", "x")
+    Args:
+        x: The rows, as they were summed.
+        bag_ND: The first layer, after ReLU and dropout.
+        hidden_NH: The last dense layer with its autograd graph; None where there is none.
+    """
 
-    def __init__(self, x: CsrArrays, bag_ND: torch.Tensor, hidden_NH: torch.Tensor) -> None:
-        self.x, self.bag_ND, self.hidden_NH = x, bag_ND, hidden_NH
+    x: CsrArrays
+    bag_ND: torch.Tensor
+    hidden_NH: torch.Tensor | None
 
 
-def _unit_rows(x: CsrArrays) -> np.ndarray:
-    """The values of `x` with every row scaled to unit L2 norm; rows of zeros stay as they are."""
-    counts = np.diff(x.indptr)
-    if x.values is None:
-        return np.repeat(1 / np.sqrt(np.maximum(counts, 1)), counts).astype(np.float32)
-    norms = np.sqrt(np.bincount(x.row_ids(), weights=np.square(x.values), minlength=x.num_rows))
-    return (x.values * np.repeat(1 / np.where(norms > 0, norms, 1), counts)).astype(np.float32)
+@numba.njit(cache=True, nogil=True)
+def _unit_rows(indptr, values, out):
+    """Writes the values with every row scaled to unit L2 norm; rows of zeros stay as they are.
+
+    Args:
+        indptr: int64 (N + 1,).
+        values: float32 (M,), or (0,) where each is 1.
+        out: float32 (M,).
+    """
+    for n in range(len(indptr) - 1):
+        square = 0.0
+        for j in range(indptr[n], indptr[n + 1]):
+            square += values[j] * values[j] if len(values) else 1.0
+        scale = 1 / math.sqrt(square) if square > 0 else 1.0
+        for j in range(indptr[n], indptr[n + 1]):
+            out[j] = scale * (values[j] if len(values) else 1.0)

@@ -43,6 +43,9 @@ class Scored:
         active: How many classes a row was scored on, on average.
         ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1.
         query_seconds: Time spent on choosing them.
+        hidden_ND: What was scored.
+        grad: Of the *mean* loss by the scores, (N, U) or (N, A).
+        rows_UD: The weights of `ids`, or of all classes where every row has its own.
     """
 
     loss_N: torch.Tensor
@@ -139,20 +142,25 @@ class SampledHead(nn.Module):
             return self._score_pairs(sets, hidden_ND, time.perf_counter() - started)
         if self.precision == "bfloat16":
             rows_UD = rows_UD.bfloat16()
-        logits_NU = self._matmul(hidden_ND, rows_UD.T).add_(bias_U)
+        logits_NU = self._matmul(hidden_ND, rows_UD.T)
+        # Every row counts 1 / N: the loss kernels overwrite the scores with the gradient of the mean loss.
+        rows = max(1, hidden_ND.shape[0])
         if self.loss == "softmax":
-            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights, offset_U)
+            bias_U = (
+                bias_U if offset_U is None else bias_U + offset_U
+            )  # what is added to a score, whatever it means
+            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights / rows, bias_U)
         else:
-            weight_U = None if offset_U is None else offset_U.exp()
+            weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
             loss_N = kernels.shared_logistic_loss(
-                logits_NU, indptr, positions, torch.ones_like(weights), weight_U
+                logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U / rows
             )
-        # The loss kernels have overwritten the scores with their gradient.
+        loss_N *= rows
         return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, logits_NU, rows_UD)
 
     def update(self, scored: Scored, settings: StepSettings) -> torch.Tensor:
         """Applies one optimiser step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
-        grad = scored.grad.mul_(1 / max(1, scored.hidden_ND.shape[0]))
+        grad = scored.grad
         states = (self.weight, self.bias, self.weight_state, self.bias_state, settings)
         if self.mode == "per_sample":
             grad_hidden_ND = kernels.pair_hidden_grad(grad, scored.rows_UD, scored.ids)
@@ -165,15 +173,17 @@ class SampledHead(nn.Module):
 
     def _score_pairs(self, sets: ActiveSets, hidden_ND: torch.Tensor, query_seconds: float) -> Scored:
         logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, sets.active_NA)
+        rows = max(1, hidden_ND.shape[0])
         if self.loss == "softmax":
-            loss_N, grad_NA = kernels.softmax_loss(logits_NA, sets.target_NA, sets.offset_NA)
+            loss_N, grad_NA = kernels.softmax_loss(logits_NA, sets.target_NA / rows, sets.offset_NA)
         else:
-            weight_NA = None if sets.offset_NA is None else sets.offset_NA.exp()
+            weight_NA = torch.ones_like(logits_NA) if sets.offset_NA is None else sets.offset_NA.exp()
             # One-vs-all: every true class is a full positive of its own binary problem.
             loss_N, grad_NA = kernels.logistic_loss(
-                logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA
+                logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA / rows
             )
-        active = float((sets.active_NA >= 0).sum()) / max(1, hidden_ND.shape[0])
+        loss_N *= rows
+        active = sets.count / rows
         return Scored(loss_N, active, sets.active_NA, query_seconds, hidden_ND, grad_NA, self.weight)
 
     def _matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

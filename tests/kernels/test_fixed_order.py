@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import pkgutil
 
 import numpy as np
 import pytest
 from numba import njit
+from numba.core.dispatcher import Dispatcher
 from numba.core.errors import TypingError
 
-from slidex.kernels.cpu.intrinsics import lane_dot, lane_sum
+import slidex
+from slidex.kernels.cpu.intrinsics import FUSE, lane_dot, lane_sum
 
 SIZES = [*range(75), 100, 128, 1000]
 
@@ -84,3 +88,14 @@ def test_strided_arrays_are_refused() -> None:
         add(np.zeros(8)[::2])
     with pytest.raises(TypingError):
         dot(np.zeros(8), np.zeros(8, np.float32))
+
+
+def test_no_kernel_lets_the_compiler_regroup_sums() -> None:
+    flags = {}
+    for module in pkgutil.walk_packages(slidex.__path__, "slidex."):
+        if not module.name.endswith("__main__"):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                if isinstance(value, Dispatcher):
+                    flags[f"{value.py_func.__module__}.{name}"] = value.targetoptions.get("fastmath") or set()
+    assert "slidex.kernels.cpu.update._adam_row" in flags
+    assert {name: found for name, found in flags.items() if found - FUSE} == {}

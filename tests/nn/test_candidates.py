@@ -228,9 +228,10 @@ def sampled_softmax(mode, scale, **mixture):
 
 
 def dense_gradient(scored):
+    """The gradient of the rows' summed loss by the scores of all classes: (N, C)."""
     ids_NA = scored.ids if scored.ids.ndim == 2 else scored.ids.expand(N, -1)
     dense_N1 = torch.zeros(N, C + 1, dtype=torch.float64)
-    dense_N1.scatter_(1, ids_NA.where(ids_NA >= 0, C), scored.grad.double())
+    dense_N1.scatter_(1, ids_NA.where(ids_NA >= 0, C), N * scored.grad.double())
     return dense_N1[:, :C]
 
 

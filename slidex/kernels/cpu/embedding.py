@@ -14,7 +14,7 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
-from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
+from slidex.kernels.cpu.intrinsics import FUSE, prefetch_row
 from slidex.kernels.cpu.transpose import group_by_id
 from slidex.kernels.cpu.update import update_groups
 
@@ -109,7 +109,7 @@ def _bags(indptr, indices, values, weight_FD, bias_D, out_ND):
         _bag(indices[pairs], values[pairs], weight_FD, bias_D, out_ND[n])
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _bag(ids, values, weight_FD, bias_D, out_D):
     out_D[:] = bias_D
     for j in range(ids.size):

@@ -15,10 +15,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-FASTMATH = {"reassoc", "contract", "nsz"}
-"""Flags for loops with sums: they may be regrouped, but infinities and NaN keep their meaning."""
 FUSE = {"contract"}
-"""Flags for kernels whose sums are `lane_sum` or `lane_dot`, or short: a product and a sum may be one operation.
+"""Flags for all kernels: a product and a sum may be one operation, but no sum is regrouped; see `lane_sum`, `lane_dot`.
 
 Numba optimises a function anew in every caller it is linked into, and a process that compiles it calls another of these
 copies than one that loads it from the cache. Free to regroup, the copies add in different orders.

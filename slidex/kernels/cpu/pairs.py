@@ -16,7 +16,7 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
-from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
+from slidex.kernels.cpu.intrinsics import FUSE, lane_dot, prefetch_row
 from slidex.kernels.cpu.transpose import group_by_id
 from slidex.kernels.cpu.update import update_groups
 
@@ -135,7 +135,7 @@ def _logits(hidden_ND, weight_CD, bias_C, active_NA, logits_NA):
         _logits_row(hidden_ND[n], weight_CD, bias_C, active_NA[n], logits_NA[n])
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _logits_row(hidden_D, weight_CD, bias_C, active_A, logits_A):
     for a in range(active_A.size):
         if a + _SLOTS_AHEAD < active_A.size:
@@ -144,10 +144,7 @@ def _logits_row(hidden_D, weight_CD, bias_C, active_A, logits_A):
         if c < 0:
             logits_A[a] = -np.inf
             continue
-        total = bias_C[c]
-        for d in range(hidden_D.size):
-            total += hidden_D[d] * weight_CD[c, d]
-        logits_A[a] = total
+        logits_A[a] = bias_C[c] + lane_dot(hidden_D, weight_CD[c])
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -156,7 +153,7 @@ def _hidden_grad(grad_NA, weight_CD, active_NA, hidden_grad_ND):
         _hidden_grad_row(grad_NA[n], weight_CD, active_NA[n], hidden_grad_ND[n])
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _hidden_grad_row(grad_A, weight_CD, active_A, out_D):
     out_D[:] = 0
     for a in range(active_A.size):

@@ -12,7 +12,7 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
-from slidex.kernels.cpu.intrinsics import FASTMATH, prefetch_row
+from slidex.kernels.cpu.intrinsics import FUSE, prefetch_row
 from slidex.kernels.cpu.update import AHEAD, coefficients, prefetch_parameter, update_entry, update_row
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _rows_update(ids_U, grad_UD, grad_bias_U, weights, biases, step, chunks):
         _rows_chunk(ids_U[part], grad_UD[part], grad_bias_U[part], weights, biases, step)
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _rows_chunk(ids_U, grad_UD, grad_bias_U, weights, biases, step):
     for u in range(ids_U.size):
         if u + AHEAD < ids_U.size:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import njit, prange
 
-from slidex.kernels.cpu.intrinsics import FASTMATH, lane_dot, prefetch_row
+from slidex.kernels.cpu.intrinsics import FUSE, lane_dot, prefetch_row
 from slidex.kernels.cpu.transpose import PAIR_BITS, PAIR_MASK
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def _update_chunks(keys, starts, bounds, scale_M, source_row_M, source_ND, weigh
         _update_chunk(keys, groups, scale_M, source_row_M, source_ND, weights, biases, step)
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def _update_chunk(keys, groups, scale_M, source_row_M, source_ND, weights, biases, step):
     gradient_D = np.empty(source_ND.shape[1], dtype=source_ND.dtype)
     for i in range(groups.size - 1):
@@ -108,7 +108,7 @@ def prefetch_parameter(weights, row):
     prefetch_row(weights[2], row)
 
 
-@njit(nogil=True, fastmath=FASTMATH)
+@njit(nogil=True, fastmath=FUSE)
 def update_row(gradient_D, weights, row, step):
     """Update one row of a (R, D) parameter and its state in place; `step` is made by `coefficients`."""
     if not weights[1].size:
@@ -119,7 +119,7 @@ def update_row(gradient_D, weights, row, step):
         _adam_row(gradient_D, weights, row, step)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def update_entry(gradient, weights, i, step):
     """Update entry i of a (R,) parameter and its state in place; `step` is made by `coefficients`."""
     weight_R, moment1_R, moment2_R = weights
@@ -132,7 +132,7 @@ def update_entry(gradient, weights, i, step):
         weight_R[i] = weight_R[i] * step[4] - step[5] * gradient / (math.sqrt(moment2_R[i]) + step[2])
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _adam_row(gradient_D, weights, row, step):
     weight_RD, moment1_RD, moment2_RD = weights
     take1, take2, epsilon, step_size, shrink = step[0], step[1], step[2], step[3], step[4]
@@ -145,7 +145,7 @@ def _adam_row(gradient_D, weights, row, step):
         weight_RD[row, d] = weight_RD[row, d] * shrink - step_size * moment1 / (math.sqrt(moment2) + epsilon)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _rowwise_adam_row(gradient_D, weights, row, step):
     weight_RD, moment1_RD, moment2_R1 = weights
     take1, take2, epsilon, step_size, shrink = step[0], step[1], step[2], step[3], step[4]
@@ -157,7 +157,7 @@ def _rowwise_adam_row(gradient_D, weights, row, step):
         weight_RD[row, d] = weight_RD[row, d] * shrink - scale * moment1
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _rowwise_adagrad_row(gradient_D, weights, row, step):
     weight_RD, _, moment2_R1 = weights
     epsilon, shrink, learning_rate = step[2], step[4], step[5]
@@ -167,6 +167,6 @@ def _rowwise_adagrad_row(gradient_D, weights, row, step):
         weight_RD[row, d] = weight_RD[row, d] * shrink - scale * gradient_D[d]
 
 
-@njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
 def _mean_square(gradient_D):
     return lane_dot(gradient_D, gradient_D) / gradient_D.dtype.type(gradient_D.size)
