@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo-output
 
-.PHONY: demo test lint format bench clean help
+.PHONY: demo test lint format bench bench-details clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit("slidex needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -31,12 +31,14 @@ format: $(STAMP)  ## apply ruff's fixes and layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## reproduce the figures in docs/performance.md: long; each part has --help
-	$(BIN)/python -m benchmarks.prepare
-	$(BIN)/python -m benchmarks.kernels
+bench: $(STAMP)  ## one table of slidex against its rivals; QUICK=--quick ends within five minutes
+	$(BIN)/python -m benchmarks $(QUICK)
+
+bench-details: $(STAMP)  ## the other tables of docs/performance.md: indexes, schedules, stages of a step: long
 	$(BIN)/python -m benchmarks.indexes
 	$(BIN)/python -m benchmarks.time_to_accuracy --part indexes
 	$(BIN)/python -m benchmarks.time_to_accuracy --part schedules
+	$(BIN)/python -m benchmarks.stages
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 The sets in the text format of the Extreme Classification Repository are looked for in ``--data`` (a directory with a
 folder for each, holding ``train.txt.xz`` and ``test.txt.xz``); ``stdlib`` and ``site-packages`` are Python source and
-need no file.
+need no file; ``synthetic-C`` is made up, with C classes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,16 @@ import sysconfig
 from pathlib import Path
 
 import click
+import numpy as np
 
-from slidex.data import Dataset, prepare_python_source, prepare_xmc, standard_library_directory
+from slidex.data import (
+    CsrArrays,
+    Dataset,
+    DatasetWriter,
+    prepare_python_source,
+    prepare_xmc,
+    standard_library_directory,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".benchmark-cache"
@@ -38,6 +46,36 @@ def load(name: str, data: Path = SHARED) -> Dataset:
         elif name in PYTHON:
             source = standard_library_directory() if name == "stdlib" else Path(sysconfig.get_path("purelib"))
             prepare_python_source([source], out)
+        elif name.startswith("synthetic-"):
+            make_synthetic(out, int(name.removeprefix("synthetic-")))
         else:
-            raise click.UsageError(f"{name}: the sets are {', '.join((*XMC, *PYTHON))}.")
+            raise click.UsageError(f"{name}: the sets are {', '.join((*XMC, *PYTHON))}, synthetic-NUMBER.")
     return Dataset.open(out)
+
+
+def make_synthetic(out: Path, num_classes: int, rows: int = 200_000) -> None:
+    """A learnable set that is the same but for the number of classes: what a step costs at a size.
+
+    A row has 5 classes, the rank of each log-uniform (Zipf's law), and of each class 6 features that are a hash of the
+    class: 30 of 131,072 in all, less what coincides.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[0, 7]))
+    ranks = np.exp(rng.random((rows, 5)) * np.log(num_classes)).astype(np.int64) - 1
+    classes = np.sort(ranks * 2_654_435_761 % num_classes, axis=1)
+    mixed = (classes[:, :, None] * 6 + np.arange(6)).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    features = np.sort((mixed >> np.uint64(47)).reshape(rows, -1), axis=1).astype(np.int32)
+    with DatasetWriter(out) as writer:
+        writer.append("train", _distinct(features, 1 << 17), _distinct(classes.astype(np.int32), num_classes))
+        writer.finish(
+            num_features=1 << 17,
+            num_classes=num_classes,
+            source={"format": "synthetic", "files": [], "options": {"rows": rows}},
+        )
+
+
+def _distinct(ids: np.ndarray, num_columns: int) -> CsrArrays:
+    """Sorted rows of ids, each id once in a row."""
+    first = np.ones(ids.shape, dtype=bool)
+    first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    indptr = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(first.sum(1))])
+    return CsrArrays(indptr, ids[first], None, num_columns)

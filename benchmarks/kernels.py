@@ -1,28 +1,27 @@
-"""Time every kernel at a realistic size, beside the plain torch reference: ``python -m benchmarks.kernels``.
+"""Time every kernel at a realistic size, beside its plain torch reference: ``python -m benchmarks --only kernels``.
 
-Medians of interleaved repeats, so that a burst of other work on the machine hits all rows of the table alike. The
-first call of each kernel is reported too: Numba compiles it, or loads it from its cache. Under a minute on two cores.
-Letters: N batch rows, A active classes a row, C classes, D hidden width, F features, U pool size.
+The losses on a pool overwrite their scores; both sides' time includes a copy of these.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
-import click
-import numba
 import numpy as np
 import torch
 
+from benchmarks.report import Comparison
 from slidex.kernels import RowState, StepSettings, cpu, reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 ADAM = StepSettings(learning_rate=1e-3, step=10)
-_REFERENCE_REPEATS = 3
+OUR_CALLS = 5
+"""Calls of ours in a repeat, whose median counts: the first finds the caches as the reference left them."""
 
 
 def zipf_ids(rng: np.random.Generator, rows: int, per_row: int, bound: int) -> torch.Tensor:
@@ -79,7 +78,6 @@ def problems(
             rows * pool,
             lambda k: k.shared_logistic_loss(pool_scores.copy_(scores), *targets, None),
         ),
-        "(copy of the scores)": (rows * pool, lambda _: pool_scores.copy_(scores)),
     }
 
 
@@ -90,40 +88,31 @@ def seconds(call: Callable[[object], object], module: object) -> float:
     return time.perf_counter() - start
 
 
-@click.command()
-@click.option("--rows", default=256, show_default=True, help="N, samples in a batch.")
-@click.option("--slots", default=1000, show_default=True, help="A, active classes per sample.")
-@click.option("--classes", default=283_447, show_default=True, help="C, classes (and features).")
-@click.option("--width", default=128, show_default=True, help="D, hidden width.")
-@click.option("--pool", default=8192, show_default=True, help="U, size of the shared pool.")
-@click.option("--repeats", default=21, show_default=True, help="Interleaved repeats; the median counts.")
-def main(rows: int, slots: int, classes: int, width: int, pool: int, repeats: int) -> None:
-    """Print ms per call and ns per unit (a pair, a pool row, or a score) of every kernel."""
+def compare(
+    rows: int = 256,
+    slots: int = 1000,
+    classes: int = 283_447,
+    width: int = 128,
+    pool: int = 8192,
+    repeats: int = 5,
+) -> list[Comparison]:
+    """Milliseconds of every kernel and of its plain torch reference."""
     table = problems(rows, slots, classes, width, pool)
-    first = {name: seconds(call, cpu) for name, (_, call) in table.items()}
-    taken: dict[tuple[str, str], list[float]] = {
-        (name, side): [] for name in table for side in ("cpu", "torch")
-    }
-    for repeat in range(repeats):
+    for _, call in table.values():
+        call(cpu)  # compiles it, or loads it from Numba's cache
+    taken: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(repeats):
         for name, (_, call) in table.items():
-            taken[name, "cpu"].append(seconds(call, cpu))
-            if repeat < _REFERENCE_REPEATS:
-                taken[name, "torch"].append(seconds(call, reference))
-    distinct = len(zipf_ids(np.random.Generator(np.random.Philox(key=1)), rows, slots, classes).unique())
-    click.echo(
-        f"N={rows} A={slots} ({distinct} distinct) C={classes} D={width} U={pool}, "
-        f"{numba.get_num_threads()} numba threads"
-    )
-    click.echo(f"{'kernel':<22}{'units':>10}{'ms':>9}{'best':>9}{'ns/unit':>9}{'torch ms':>10}{'first s':>9}")
-    for name, (units, _) in table.items():
-        median = statistics.median(taken[name, "cpu"])
-        plain = statistics.median(taken[name, "torch"])
-        click.echo(
-            f"{name:<22}{units:>10}{median * 1e3:>9.2f}{min(taken[name, 'cpu']) * 1e3:>9.2f}"
-            f"{median / units * 1e9:>9.2f}{plain * 1e3:>10.1f}{first[name]:>9.2f}"
+            taken[name, "cpu"].append(statistics.median(seconds(call, cpu) for _ in range(OUR_CALLS)))
+            taken[name, "torch"].append(seconds(call, reference))
+    return [
+        Comparison(
+            f"kernel {name}",
+            "plain torch",
+            "ms",
+            [1e3 * second for second in taken[name, "cpu"]],
+            [1e3 * second for second in taken[name, "torch"]],
+            f"{1e9 * statistics.median(taken[name, 'cpu']) / units:.1f} ns for each of {units:,}",
         )
-    click.echo(f"first calls together: {sum(first.values()):.2f} s (compiled, or loaded from Numba's cache)")
-
-
-if __name__ == "__main__":
-    main()
+        for name, (units, _) in table.items()
+    ]

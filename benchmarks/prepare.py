@@ -1,13 +1,11 @@
 """Preparing text against scikit-learn's reader, on the same synthetic file: MB/s of source text.
 
-Run ``python -m benchmarks.prepare``. The two are interleaved and medians taken, so that a busy machine slows both.
-Wall time is what a person waits; CPU time tells how much of it was this program's own work. scikit-learn only
-parses into memory on one core; slidex also checks, writes, checksums and syncs a data set.
+scikit-learn only parses into memory on one core; slidex also checks, writes, checksums and syncs a data set. Run it as
+``python -m benchmarks --only prepare``.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from sklearn.datasets import load_svmlight_file
 
+from benchmarks.report import Comparison
 from slidex.data import prepare_svmlight
 
 if TYPE_CHECKING:
@@ -39,24 +38,18 @@ def write_source(path: Path, megabytes: float, seed: int = 0) -> None:
                 file.write(f"{','.join(map(str, labels))} {features}\n")
 
 
-def timed(action: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of one call, over all threads of this process."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def timed(action: Callable[[], object]) -> float:
+    """Wall seconds of one call."""
+    start = time.perf_counter()
     action()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - start
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=60.0, help="size of the file (default: 60)")
-    parser.add_argument("--repeats", type=int, default=5, help="interleaved repeats (default: 5)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
-    options = parser.parse_args()
+def compare(megabytes: float = 60.0, repeats: int = 5) -> list[Comparison]:
+    """Wall seconds of scikit-learn's reader, one thread, and of slidex with one and two threads."""
     with tempfile.TemporaryDirectory(prefix="slidex-bench-") as folder:
         source, out = Path(folder) / "source.txt", Path(folder) / "data"
-        write_source(source, options.megabytes)
-        size = source.stat().st_size / 1e6
+        write_source(source, megabytes)
 
         def read() -> object:
             return load_svmlight_file(source, multilabel=True, zero_based=True, dtype=np.float32)
@@ -65,25 +58,16 @@ def main() -> None:
             return prepare_svmlight(source, out, zero_based=True, threads=threads, overwrite=True)
 
         prepare(1)  # compiles the kernels
-        contestants = {"scikit-learn, 1 thread": read}
-        for count in options.threads:
-            contestants[f"slidex, {count} thread{'s' * (count > 1)}"] = lambda count=count: prepare(count)
-        times = {name: [] for name in contestants}
-        for _ in range(options.repeats):
-            for name, action in contestants.items():
-                times[name].append(timed(action))
-    wall, cpu = (
-        {name: statistics.median(t[i] for t in pairs) for name, pairs in times.items()} for i in (0, 1)
-    )
-    reference = next(iter(contestants))
-    print(f"{size:.0f} MB of svmlight text, medians of {options.repeats}\n")
-    print("| reader | wall s | MB/s | ratio | CPU s | CPU ratio |\n|---|---|---|---|---|---|")
-    for name in contestants:
-        print(
-            f"| {name} | {wall[name]:.2f} | {size / wall[name]:.0f} | {wall[reference] / wall[name]:.1f} "
-            f"| {cpu[name]:.2f} | {cpu[reference] / cpu[name]:.1f} |"
+        times = [(timed(read), timed(lambda: prepare(1)), timed(lambda: prepare(2))) for _ in range(repeats)]
+    theirs, *ours = zip(*times, strict=True)
+    return [
+        Comparison(
+            f"prepare {megabytes:.0f} MB of svmlight text, {threads} thread{'s' * (threads > 1)}",
+            "scikit-learn's reader",
+            "s",
+            taken,
+            theirs,
+            f"{megabytes / statistics.median(taken):.0f} MB/s",
         )
-
-
-if __name__ == "__main__":
-    main()
+        for threads, taken in enumerate(ours, start=1)
+    ]

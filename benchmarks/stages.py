@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 
 WARM_UP = 5
 """Steps before the first that counts; the first of all compiles the kernels and builds the index."""
-UPDATE = "adam"
-"""How the names of the kernels that update rows end."""
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.thread_time}
 COLUMNS = ("MB", "MFLOP", "stream ms", "floor ms", "ms", "ms / floor", "share %", "faults")
 
@@ -137,7 +135,7 @@ def timed(trainer: Trainer, clock: Clock) -> Iterator[None]:
         (optimizer, "step", "dense update", None),
         (optimizer, "zero_grad", "dense update", None),
         (cpu, "embedding_bag", "bag sum", None),
-        (cpu, f"embedding_bag_{UPDATE}", "bag update", None),
+        (cpu, "embedding_bag_update", "bag update", None),
         (embedding, "group_by_id", "bag grouping", None),
         (head, "score", "score passes", lambda scored: scored.ids),
         (head, "update", "gradient passes", None),
@@ -149,11 +147,11 @@ def timed(trainer: Trainer, clock: Clock) -> Iterator[None]:
         (index.tables, "query", "voting", lambda ids_NK: int((ids_NK >= 0).sum())),
         (cpu, "gather_rows", "gather", None),
         (cpu, "shared_softmax_loss", "softmax", None),
-        (cpu, f"rows_{UPDATE}", "row update", None),
+        (cpu, "rows_update", "row update", None),
         (cpu, "pair_logits", "score product", None),
         (cpu, "softmax_loss", "softmax", None),
         (cpu, "pair_hidden_grad", "gradient products", None),
-        (cpu, f"pair_{UPDATE}", "row update", None),
+        (cpu, "pair_update", "row update", None),
         (pairs, "group_by_id", "pair grouping", None),
     ]
     with ExitStack() as patches:

@@ -1,0 +1,64 @@
+"""The one table: what slidex needs against what its rivals need, each line measured by turns in one process.
+
+``python -m benchmarks`` (``make bench``) runs all of it; ``--quick`` a part that ends within five minutes. Every line's
+ratio is the median over its repeats. Data sets are prepared on first use, before anything is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from benchmarks import cost, kernels, prepare, scaling, steps, versus_dense
+from benchmarks.datasets import SHARED
+from benchmarks.report import HEADINGS, in_child, machine, markdown, write_results
+from slidex.threads import set_threads
+
+if TYPE_CHECKING:
+    from benchmarks.report import Comparison
+
+PARTS = ("steps", "scaling", "cost", "accuracy", "kernels", "prepare")
+
+
+def jobs(part: str, data: Path, *, quick: bool) -> list[tuple[Any, ...]]:
+    """What a part runs: functions and their arguments, each for a process of its own."""
+    if part == "steps":
+        return [(steps.run_case, case, data) for case in steps.CASES if case.quick or not quick]
+    if part == "scaling":
+        sizes = scaling.LARGE[:1] if quick else scaling.LARGE
+        return [(scaling.step_times, size, data) for size in sizes] + [(scaling.peaks, data)]
+    if part == "cost":
+        return [(cost.per_batch, data)]
+    if part == "accuracy":
+        return [(versus_dense.run_race, race, data) for race in versus_dense.RACES if race.quick or not quick]
+    return [(kernels.compare,) if part == "kernels" else (prepare.compare,)]
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True, help="The part that ends within five minutes.")
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Parts to run; default: all.")
+@click.option("--data", type=click.Path(path_type=Path), default=SHARED, help="Directory of the raw sets.")
+@click.option("--threads", type=int, help="Default: all cores.")
+def main(quick: bool, only: tuple[str, ...], data: Path, threads: int | None) -> None:
+    """Print the table and write it as JSON."""
+    set_threads(threads)
+    started, facts = time.monotonic(), machine()
+    click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
+    lines: list[Comparison] = []
+    for part in only or PARTS:
+        for job in jobs(part, data, quick=quick):
+            found = in_child(*job)
+            for line in found:
+                click.echo("  " + "  ".join(line.cells()), err=True)
+            lines += found
+    click.echo(markdown([HEADINGS, *(line.cells() for line in lines)]))
+    name = "bench" + ("-quick" if quick else "") + "".join(f"-{part}" for part in only)
+    write_results(name, facts, [line.facts() for line in lines])
+    click.echo(f"{time.monotonic() - started:.0f} s in all; benchmarks/results/{name}.json")
+
+
+if __name__ == "__main__":
+    main()
