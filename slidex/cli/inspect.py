@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from slidex.cli.command import Command, echo_json
+from slidex.train.config import TrainConfig
+
+_OPTIMIZERS = next(item.metadata["choices"] for item in fields(TrainConfig) if item.name == "optimizer")
 
 
 @click.command(
@@ -126,17 +130,24 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
     examples=(
         "slidex doctor",
         "slidex doctor --classes 1000000 --width 128 --batch 256",
+        "slidex doctor --classes 10000000 --optimizer rowwise_adagrad",
     ),
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Classes to plan for.")
 @click.option("--width", default=128, type=click.IntRange(min=1), help="Width of the hidden vector.")
 @click.option("--batch", default=256, type=click.IntRange(min=1), help="Rows in a step.")
+@click.option(
+    "--optimizer",
+    default="adam",
+    type=click.Choice(_OPTIMIZERS),
+    help="Rule of the row updates, for the memory of its state.",
+)
 @click.option("--json", is_flag=True, help="Print JSON.")
-def doctor(classes: int | None, width: int, batch: int, json: bool) -> None:
+def doctor(classes: int | None, width: int, batch: int, optimizer: str, json: bool) -> None:
     """Report versions, threads and hardware, and which way of training fits a model of the given size."""
     from slidex.doctor import format_report, report  # noqa: PLC0415
 
-    facts = report(num_classes=classes, hidden_width=width, batch_size=batch)
+    facts = report(num_classes=classes, hidden_width=width, batch_size=batch, optimizer=optimizer)
     if json:
         echo_json(facts, indent=1)
     else:
