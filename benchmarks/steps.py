@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 REPEATS = 5
 WARM_UP = 20
 OUR_STEPS = 50
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 
 
 @dataclass(frozen=True, slots=True)

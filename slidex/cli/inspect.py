@@ -129,8 +129,7 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
     cls=Command,
     examples=(
         "slidex doctor",
-        "slidex doctor --classes 1000000 --width 128 --batch 256",
-        "slidex doctor --classes 10000000 --optimizer rowwise_adagrad",
+        "slidex doctor --classes 1000000 --width 128 --optimizer rowwise_adam",
     ),
 )
 @click.option("--classes", type=click.IntRange(min=1), help="Classes to plan for.")

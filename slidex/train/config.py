@@ -124,7 +124,7 @@ class TrainConfig:
         "moment either (rowwise_adagrad, which wants a higher learning rate); less memory and traffic.",
         choices=("adam", "rowwise_adam", "rowwise_adagrad"),
     )
-    learning_rate: float = _setting(3e-3, "Step size.", low=0.0, high=10.0)
+    learning_rate: float = _setting(6e-3, "Step size.", low=0.0, high=10.0)
     lr_schedule: str = _setting(
         "linear", "Learning rate after the warm-up.", choices=("constant", "linear", "cosine")
     )
