@@ -28,8 +28,9 @@ def jobs(part: str, data: Path, *, quick: bool) -> list[tuple[Any, ...]]:
     if part == "steps":
         return [(steps.run_case, case, data) for case in steps.CASES if case.quick or not quick]
     if part == "scaling":
-        sizes = scaling.LARGE[:1] if quick else scaling.LARGE
-        return [(scaling.step_times, size, data) for size in sizes] + [(scaling.peaks, data)]
+        if quick:
+            return [(scaling.step_times, scaling.LARGE[0], data)]
+        return [*((scaling.step_times, size, data) for size in scaling.LARGE), (scaling.peaks, data)]
     if part == "cost":
         return [(cost.per_batch, data)]
     if part == "accuracy":

@@ -33,7 +33,9 @@ class Race:
 RACES = (
     Race("eurlex-4k", {"batch_size": 128, "epochs": 10}, repeats=5, quick=True),
     Race("npm-deps-2017", {"batch_size": 128, "epochs": 2}),
-    Race("site-packages", {"max_steps": 500}, {"max_steps": 800}),  # dense takes too long for an epoch of 8,000
+    Race(
+        "site-packages", {"max_steps": 500}, {"max_steps": 800}
+    ),  # dense takes too long for an epoch of 8,000
 )
 POINTS, TEST_ROWS = 10, 4096
 

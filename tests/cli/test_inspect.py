@@ -108,7 +108,9 @@ def test_doctor(invoke):
     assert "plan" in facts
     text = invoke("doctor", "--classes", 1000000).stdout
     assert "plan for 1,000,000 classes, width 128, batch 256" in text
-    less = json.loads(invoke("doctor", "--classes", 1000000, "--optimizer", "rowwise_adagrad", "--json").stdout)
+    less = json.loads(
+        invoke("doctor", "--classes", 1000000, "--optimizer", "rowwise_adagrad", "--json").stdout
+    )
     full = json.loads(invoke("doctor", "--classes", 1000000, "--json").stdout)
     state = [found["plan"]["costs"]["shared"]["optimizer_bytes"] for found in (less, full)]
     assert 0 < state[0] < state[1] / 100

@@ -49,7 +49,9 @@ class Arguments:
             self._fail(name, "on the CPU", str(tensor.device))
         if tuple(tensor.shape) != shape:
             self._fail(name, f"of shape {shape}", tuple(tensor.shape))
-        return tensor.detach().contiguous().numpy()
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        return tensor.numpy() if tensor.is_contiguous() else tensor.contiguous().numpy()
 
     def floats(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """View of an input of the call's dtype; a strided input is copied."""
