@@ -208,6 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "demo": {
         "mode": "shared",
+        "pool_size": 1024,
         "batch_size": 512,
         "epochs": 2,
         "learning_rate": 5e-3,
