@@ -233,14 +233,12 @@ def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
 
     Args:
         buckets: `slidex.lsh.reading.Buckets`.
-        codes_LM: int32 (L, M), all codes looked up in each table, sorted in place.
+        codes_LM: int32 (L, M), all codes looked up in each table, ascending.
         key: uint64; places the windows of overfull buckets.
         votes: int32 (C,), zeros; receives the votes.
-        touched: int32 (C + T,); receives the classes that have votes, for `most_voted`.
+        touched: int32 (C + T,); receives the classes that have votes, for `take_most_voted`.
         counts_T: int64 (T,), receives how many classes each thread touched.
     """
-    for t in numba.prange(codes_LM.shape[0]):
-        codes_LM[t].sort()
     threads, num_classes, num_codes = len(counts_T), len(votes), codes_LM.shape[1]
     for chunk in numba.prange(threads):
         scratch = np.empty(scratch_size(buckets), dtype=np.int32)
@@ -265,10 +263,8 @@ def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
 
 
 @numba.njit(cache=True, nogil=True)
-def most_voted(votes, touched, counts_T, most, budget, min_votes, key):
+def take_most_voted(votes, touched, counts_T, most, budget, min_votes):
     """Takes the best of what `pool_votes` counted and sets all votes back to zero.
-
-    Among equals at the cut, classes of the smallest hash with `key` are taken.
 
     Args:
         votes: int32 (C,).
@@ -277,10 +273,10 @@ def most_voted(votes, touched, counts_T, most, budget, min_votes, key):
         most: No class has more votes.
         budget: At most so many classes.
         min_votes: Classes with fewer votes are left out; at least 1.
-        key: uint64.
 
     Returns:
-        int64 (at most budget,) class ids, ascending.
+        int64 ids of the classes above the cut, fewer than the budget unless all are wanted, and int64 ids of those at
+        the cut, of whom the rest of the budget is to be drawn.
     """
     num_classes, threads = len(votes), len(counts_T)
     histogram = np.zeros(most + 1, dtype=np.int64)
@@ -304,12 +300,4 @@ def most_voted(votes, touched, counts_T, most, budget, min_votes, key):
             taken += votes[c] > cut
             ties += votes[c] == cut and equal > 0
             votes[c] = 0
-    wanted = min(budget - taken, ties)
-    ids = np.empty(taken + wanted, dtype=np.int64)
-    ids[:taken] = chosen[:taken]
-    if wanted > 0:
-        hashes = mix_ids(level[:ties], key)
-        largest = np.partition(hashes, wanted - 1)[wanted - 1]  # hashes of distinct ids are distinct
-        ids[taken:] = level[:ties][hashes <= largest]
-    ids.sort()
-    return ids
+    return chosen[:taken].copy(), level[:ties].copy()

@@ -111,7 +111,8 @@ def _bags(indptr, indices, values, weight_FD, bias_D, out_ND):
 
 @njit(nogil=True, fastmath=FUSE)
 def _bag(ids, values, weight_FD, bias_D, out_D):
-    out_D[:] = bias_D
+    for d in range(out_D.size):
+        out_D[d] = bias_D[d]
     for j in range(ids.size):
         if j + _PAIRS_AHEAD < ids.size:
             prefetch_row(weight_FD, ids[j + _PAIRS_AHEAD])
