@@ -7,6 +7,7 @@ ratio is the median over its repeats. Data sets are prepared on first use, befor
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,13 @@ def jobs(part: str, data: Path, *, quick: bool) -> list[tuple[Any, ...]]:
     if part == "cost":
         return [(cost.per_batch, data)]
     if part == "accuracy":
-        return [(versus_dense.run_race, race, data) for race in versus_dense.RACES if race.quick or not quick]
-    return [(kernels.compare,) if part == "kernels" else (prepare.compare,)]
+        races = (
+            [replace(race, repeats=1) for race in versus_dense.RACES if race.quick]
+            if quick
+            else versus_dense.RACES
+        )
+        return [(versus_dense.run_race, race, data) for race in races]
+    return [(kernels.compare,) if part == "kernels" else (prepare.compare, 20.0 if quick else 60.0)]
 
 
 @click.command(help=__doc__)
