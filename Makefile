@@ -31,7 +31,7 @@ format: $(STAMP)  ## apply ruff's fixes and layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## one table of slidex against its rivals; QUICK=--quick ends within five minutes
+bench: $(STAMP)  ## one table of slidex against its rivals; QUICK=--quick for a part, meant for five minutes
 	$(BIN)/python -m benchmarks $(QUICK)
 
 bench-details: $(STAMP)  ## the other tables of docs/performance.md: indexes, schedules, stages of a step: long

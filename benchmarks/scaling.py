@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from benchmarks.report import Comparison, in_child
 from benchmarks.rivals import DenseSoftmax
 from benchmarks.steps import OUR_STEPS, REPEATS, WARM_UP, OurSteps, dense_steps
+from slidex.kernels import OPTIMIZERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 SMALL, LARGE = 145_000, (3_400_000, 10_000_000)
 AMAZON = 670_091
 """Classes of Amazon-670K, on which SLIDE is best known."""
-OPTIMIZERS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
 
 def peak_gigabytes() -> float:

@@ -146,10 +146,8 @@ class SampledHead(nn.Module):
         # Every row counts 1 / N: the loss kernels overwrite the scores with the gradient of the mean loss.
         rows = max(1, hidden_ND.shape[0])
         if self.loss == "softmax":
-            bias_U = (
-                bias_U if offset_U is None else bias_U + offset_U
-            )  # what is added to a score, whatever it means
-            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights / rows, bias_U)
+            added_U = bias_U if offset_U is None else bias_U + offset_U
+            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights / rows, added_U)
         else:
             weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
             loss_N = kernels.shared_logistic_loss(

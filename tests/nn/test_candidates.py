@@ -264,6 +264,12 @@ def test_loss_with_a_weight_two_hundredths_too_large_is_noticed(mode, monkeypatc
     assert loss_errors(mode, 0.0, index="contrary")[0] > 3
 
 
+def test_sets_say_how_many_slots_are_no_padding():
+    sets = make_selector("stratified", random=20).active_sets(hidden(), ALL_LABELLED, step=1)
+    assert sets.count == int((sets.active_NA >= 0).sum())
+    assert N < sets.count < sets.active_NA.numel()
+
+
 @pytest.mark.parametrize("mode", ["shared", "per_sample"])
 def test_a_true_class_is_no_negative_of_its_row_however_often_it_is_proposed(mode):
     # Every class is drawn, the index proposes the true ones of all rows: each must count once, as in the full softmax.
