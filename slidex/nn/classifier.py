@@ -5,17 +5,16 @@ Legend: N rows, C classes, D hidden width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
-from slidex.lsh import ClassSampler, index_settings, make_index
-from slidex.nn.candidates import CandidateSelector
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
+from slidex.nn.selection import make_selector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 PREDICT_ROWS = 512
 """Rows scored at once in prediction."""
-SHARED_TABLES = 8
-"""Hash tables in training where the whole batch votes, unless `index_options` say otherwise (docs/performance.md)."""
 PREDICT_CANDIDATES = 1024
 """Classes asked of the index for each row in indexed prediction."""
 
@@ -53,7 +50,7 @@ class Classifier:
         """A model with initial weights.
 
         Args:
-            config: With `mode`, `precision` and `correction` other than ``auto``; no `batch_share` means 0.
+            config: From `slidex.train.settle.settle`.
             num_features: F.
             num_classes: C.
             class_counts: int64 (C,), training frequency of every class.
@@ -68,25 +65,7 @@ class Classifier:
             optimizer=config.optimizer,
             seed=config.seed,
         )
-        index = None
-        if config.mode != "exact":
-            index = make_config_index(_for_training(config), encoder.out_features, num_classes)
-        negatives = config.pool_size if config.mode == "shared" else config.active_size
-        batch = round(negatives * (config.batch_share or 0.0))
-        random = negatives - batch if index is None else round(negatives * config.random_share)
-        selector = None
-        if config.mode != "exact":
-            selector = CandidateSelector(
-                num_classes,
-                index=index,
-                sampler=ClassSampler(num_classes, class_counts, config.random_power, seed=config.seed + 3),
-                retrieved=max(0, negatives - random - batch),
-                random=random,
-                batch=batch,
-                correction=config.correction,
-                class_counts=class_counts,
-                seed=config.seed + 4,
-            )
+        selector = make_selector(config, encoder.out_features, num_classes, class_counts)
         head = SampledHead(
             encoder.out_features,
             num_classes,
@@ -97,7 +76,7 @@ class Classifier:
             optimizer=config.optimizer,
             seed=config.seed + 1,
         )
-        return cls(encoder, head, index)
+        return cls(encoder, head, selector.index if selector is not None else None)
 
     def topk(
         self, x: CsrArrays, k: int, *, indexed: bool = False
@@ -128,27 +107,3 @@ class Classifier:
                 if index is not None:
                     candidates_NA = index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
                 yield self.head.topk(hidden_ND, k, candidates_NA=candidates_NA)
-
-
-def _for_training(config: TrainConfig) -> TrainConfig:
-    """The settings with the number of hash tables that suits the mode; prediction asks row by row and needs more."""
-    if config.mode != "shared" or config.index == "none" or "tables" not in index_settings(config.index):
-        return config
-    return replace(config, index_options={"tables": SHARED_TABLES, **config.index_options})
-
-
-def make_config_index(config: TrainConfig, in_features: int, num_classes: int) -> CandidateIndex | None:
-    """The index that the settings ask for, not built yet; None for ``none``.
-
-    Raises:
-        ConfigError: for an unknown name, or options that the index does not have or take.
-    """
-    if config.index != "none":
-        return make_index(
-            config.index, in_features, num_classes, seed=config.seed + 2, **config.index_options
-        )
-    if config.index_options:
-        raise ConfigError(
-            f"The 'index_options' setting must be empty where 'index' is none. Got {config.index_options!r} instead."
-        )
-    return None

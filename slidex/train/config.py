@@ -7,164 +7,81 @@ setting and one text that explains it. This module imports neither torch nor num
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import tomllib
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from slidex.errors import ConfigError
+from slidex.nn.options import DEFAULT_INDEX, SamplingSettings
+from slidex.settings import check_table, did_you_mean, setting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 
-def _setting(default: Any, text: str, **limits: Any) -> Any:
-    """A field with its help text and its limits: `low`, `high` (inclusive), `below` (exclusive) or `choices`."""
-    return field(default=default, metadata={"help": text, **limits})
-
-
-DEFAULT_INDEX = "simhash"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """Settings of a training run; every field says itself what it means.
+class TrainConfig(SamplingSettings):
+    """Settings of a training run, those of `SamplingSettings` among them; every field says itself what it means.
 
     Raises:
         ConfigError: if a value has the wrong type or is out of range; the message names the setting.
     """
 
     # Network
-    hidden_width: int = _setting(128, "Width of the embedding bag.", low=1, high=65536)
-    dense_widths: tuple[int, ...] = _setting(
+    hidden_width: int = setting(128, "Width of the embedding bag.", low=1, high=65536)
+    dense_widths: tuple[int, ...] = setting(
         (), "Widths of further dense layers, comma-separated.", low=1, high=65536
     )
-    input_dropout: float = _setting(0.0, "Share of input features dropped in training.", low=0.0, below=1.0)
-    hidden_dropout: float = _setting(0.0, "Share of hidden units dropped in training.", low=0.0, below=1.0)
-    normalize: bool = _setting(True, "Scale input rows to unit L2 norm.")
+    input_dropout: float = setting(0.0, "Share of input features dropped in training.", low=0.0, below=1.0)
+    hidden_dropout: float = setting(0.0, "Share of hidden units dropped in training.", low=0.0, below=1.0)
+    normalize: bool = setting(True, "Scale input rows to unit L2 norm.")
 
     # Output layer
-    mode: str = _setting(
+    mode: str = setting(
         "auto",
         "How classes are scored in training: all of them (exact), one pool a batch (shared), a set for each row "
         "(per_sample), or what the cost model says is fastest (auto).",
         choices=("auto", "exact", "shared", "per_sample"),
     )
-    loss: str = _setting(
+    loss: str = setting(
         "softmax", "Softmax over the active classes, or one-vs-all logistic.", choices=("softmax", "logistic")
-    )
-    pool_size: int = _setting(
-        4096, "Shared mode: negative classes in a batch's pool, beside its true classes.", low=1
-    )
-    active_size: int = _setting(512, "Per-sample mode: negative classes for each row.", low=1)
-    random_share: float = _setting(
-        0.5, "Share of the negative classes drawn at random rather than from the index.", low=0.0, high=1.0
-    )
-    batch_share: float | None = _setting(
-        None,
-        "Per-sample mode: share of the negative classes taken from the other rows' true classes (a shared pool has "
-        "them all); default: a quarter, if there is no correction.",
-        low=0.0,
-        high=1.0,
-    )
-    random_power: float = _setting(
-        0.0, "Random classes are drawn by training frequency to this power; 0 is uniform.", low=0.0, high=1.0
-    )
-    correction: str = _setting(
-        "auto",
-        "Weights of sampled classes in the softmax: all 1 (none), random classes standing for those not drawn "
-        "(stratified), or all by inverse inclusion probability (logq); auto is none for the index's candidates in "
-        "per_sample mode, else stratified.",
-        choices=("auto", "none", "logq", "stratified"),
-    )
-    precision: str = _setting(
-        "auto",
-        "Matrix products of exact and shared mode; auto is bfloat16 where the CPU has instructions for it.",
-        choices=("auto", "float32", "bfloat16"),
-    )
-
-    # Index over the classes
-    index: str = _setting(
-        DEFAULT_INDEX,
-        "Index that proposes classes, by name: docs/indexes.md and slidex doctor list them; none leaves only random "
-        "ones.",
-    )
-    index_options: dict[str, int | float | bool | str] = field(
-        default_factory=dict,
-        metadata={"help": "The index's own settings, as NAME=VALUE; docs/indexes.md has them."},
-    )
-    index_sample: int = _setting(
-        8192,
-        "Training rows whose hidden vectors are given to the index at a rehash, if it learns from them.",
-        low=1,
-    )
-    rehash: str = _setting(
-        "exponential",
-        "When the index is brought up to date: every n steps (fixed), with growing gaps (exponential), or when the "
-        "rows have moved (drift).",
-        choices=("fixed", "exponential", "drift"),
-    )
-    rehash_every: int = _setting(
-        50, "Steps between rehashes; the first gap of exponential; how often drift looks.", low=1
-    )
-    rehash_growth: float = _setting(1.5, "Exponential: each gap is this many times the last.", low=1.0)
-    rehash_max_gap: int = _setting(2000, "Exponential and drift: longest gap in steps.", low=1)
-    rehash_drift: float = _setting(
-        0.2, "Drift: share of changed codes that triggers a rehash.", low=0.0, high=1.0
     )
 
     # Optimiser
-    batch_size: int = _setting(256, "Rows in a step.", low=1)
-    epochs: int = _setting(5, "Passes over the training rows.", low=1)
-    max_steps: int | None = _setting(None, "Stop after this many steps, whatever the epochs.", low=1)
-    optimizer: str = _setting(
+    batch_size: int = setting(256, "Rows in a step.", low=1)
+    epochs: int = setting(5, "Passes over the training rows.", low=1)
+    max_steps: int | None = setting(None, "Stop after this many steps, whatever the epochs.", low=1)
+    optimizer: str = setting(
         "adam",
         "Rule of the row updates: Adam, or with one number a row for the second moment (rowwise_adam), or no first "
         "moment either (rowwise_adagrad, which wants a higher learning rate); less memory and traffic.",
         choices=("adam", "rowwise_adam", "rowwise_adagrad"),
     )
-    learning_rate: float = _setting(6e-3, "Step size.", low=0.0, high=10.0)
-    lr_schedule: str = _setting(
+    learning_rate: float = setting(6e-3, "Step size.", low=0.0, high=10.0)
+    lr_schedule: str = setting(
         "linear", "Learning rate after the warm-up.", choices=("constant", "linear", "cosine")
     )
-    warmup: float = _setting(
+    warmup: float = setting(
         0.0, "Share of all steps over which the learning rate rises from 0.", low=0.0, below=1.0
-    )
-    beta1: float = _setting(0.9, "Decay of the first moment (adam, rowwise_adam).", low=0.0, below=1.0)
-    beta2: float = _setting(0.999, "Decay of the second moment (adam, rowwise_adam).", low=0.0, below=1.0)
-    epsilon: float = _setting(1e-8, "Offset of the denominator.", low=1e-16, high=1.0)
-    weight_decay: float = _setting(
-        0.0, "Decoupled weight decay of the rows that a step touches.", low=0.0, high=1.0
     )
 
     # Run
-    seed: int = _setting(0, "Seed of every random choice.", low=0, high=2**31 - 1)
-    threads: int | None = _setting(None, "CPU threads; default: all usable cores.", low=1, high=1024)
-    valid_fraction: float = _setting(
+    threads: int | None = setting(None, "CPU threads; default: all usable cores.", low=1, high=1024)
+    valid_fraction: float = setting(
         0.0,
         "Share of the training rows held out for validation, if the data set has no valid split.",
         low=0.0,
         below=1.0,
     )
-    valid_rows: int = _setting(
+    valid_rows: int = setting(
         5000, "Validation looks at no more than this many rows, drawn once at random.", low=1
     )
-    valid_every: int | None = _setting(None, "Steps between validations; default: every epoch.", low=1)
-    patience: int | None = _setting(None, "Stop after this many validations without a better P@1.", low=1)
-    checkpoint_every: int | None = _setting(None, "Steps between checkpoints; default: every epoch.", low=1)
-    keep_last: int = _setting(2, "Checkpoints kept, beside the best one.", low=1)
-    report_every: int = _setting(200, "Steps between reports.", low=1)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            _check(item.name, getattr(self, item.name), hints[item.name], item.metadata)
-        if self.batch_share is not None and self.random_share + self.batch_share > 1:
-            raise ConfigError(
-                f"The 'batch_share' setting must be at most 1 - 'random_share' ({self.random_share:g}). "
-                f"Got {self.batch_share!r} instead."
-            )
+    valid_every: int | None = setting(None, "Steps between validations; default: every epoch.", low=1)
+    patience: int | None = setting(None, "Stop after this many validations without a better P@1.", low=1)
+    checkpoint_every: int | None = setting(None, "Steps between checkpoints; default: every epoch.", low=1)
+    keep_last: int = setting(2, "Checkpoints kept, beside the best one.", low=1)
+    report_every: int = setting(200, "Steps between reports.", low=1)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, preset: str | None = None) -> TrainConfig:
@@ -230,7 +147,7 @@ def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[s
     """
     merged = {**below, **above}
     for settings in (below, above):
-        _check_options("index_options", settings.get("index_options", {}))
+        check_table("index_options", settings.get("index_options", {}))
     if above.get("index", below.get("index", DEFAULT_INDEX)) == below.get("index", DEFAULT_INDEX):
         merged["index_options"] = {**below.get("index_options", {}), **above.get("index_options", {})}
     elif "index_options" not in above:
@@ -255,60 +172,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is not valid TOML: {error}.") from error
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest of the known names as a question with a space before it, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
-    optional = value is None and type(None) in getattr(hint, "__args__", ())
-    if optional:
-        return
-    if get_origin(hint) is dict:
-        _check_options(name, value)
-        return
-    items = value if hint == tuple[int, ...] and isinstance(value, tuple) else (value,)
-    kind = next(
-        kind for kind in (bool, int, float, str) if kind is hint or kind in getattr(hint, "__args__", ())
-    )
-    for item in items:
-        right_type = isinstance(item, int | float if kind is float else kind)
-        if not right_type or (isinstance(item, bool) and kind is not bool):
-            raise ConfigError(
-                f"The {name!r} setting must be {_in_words(kind, limits)}. Got {value!r} instead."
-            )
-        in_range = (
-            item in limits.get("choices", (item,))
-            and ("low" not in limits or item >= limits["low"])
-            and ("high" not in limits or item <= limits["high"])
-            and ("below" not in limits or item < limits["below"])
-        )
-        if not in_range:
-            raise ConfigError(
-                f"The {name!r} setting must be {_in_words(kind, limits)}. Got {value!r} instead."
-            )
-
-
-def _check_options(name: str, value: Any) -> None:
-    plain = isinstance(value, dict) and all(
-        isinstance(key, str) and isinstance(item, bool | int | float | str) for key, item in value.items()
-    )
-    if not plain:
-        raise ConfigError(
-            f"The {name!r} setting must be a table of names and plain values. Got {value!r} instead."
-        )
-
-
-def _in_words(kind: type, limits: Mapping[str, Any]) -> str:
-    if "choices" in limits:
-        return "one of " + ", ".join(limits["choices"])
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
-    bounds = [
-        f"{sign} {limits[key]}"
-        for key, sign in (("low", "at least"), ("high", "at most"), ("below", "below"))
-        if key in limits
-    ]
-    return f"{words} {' and '.join(bounds)}".strip()

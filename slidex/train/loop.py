@@ -22,11 +22,13 @@ from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
 from slidex.lsh import recall_at_k
 from slidex.metrics import MetricAccumulator
+from slidex.nn.class_record import NEGATIVE, SEEN, ClassRecord
 from slidex.nn.classifier import Classifier
+from slidex.nn.rehash import Rehasher
 from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
-from slidex.train.coverage import NEGATIVE, SEEN, ClassRecord, CollapseWatch
+from slidex.train.coverage import CollapseWatch
 from slidex.train.dense_adam import DenseAdam
-from slidex.train.rehash import Rehasher, draw_queries
+from slidex.train.queries import draw_queries
 from slidex.train.run import Run, fingerprint
 from slidex.train.settle import (
     STREAM_ORDER,

@@ -23,7 +23,8 @@ import torch
 import slidex
 from slidex.data import NameList
 from slidex.errors import CheckpointError, ConfigError
-from slidex.nn.classifier import Classifier, make_config_index
+from slidex.nn.classifier import Classifier
+from slidex.nn.selection import make_config_index
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
 

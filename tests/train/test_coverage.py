@@ -13,8 +13,9 @@ import slidex
 from slidex.data import CsrArrays, Dataset, DatasetWriter
 from slidex.errors import CollapseWarning
 from slidex.lsh import IndexStats, index
+from slidex.nn.class_record import NEGATIVE, SEEN, TOUCHED, ClassRecord
 from slidex.train.config import TrainConfig
-from slidex.train.coverage import NEGATIVE, SEEN, TOUCHED, ClassRecord, CollapseWatch
+from slidex.train.coverage import CollapseWatch
 from tests.conftest import checkerboard
 
 LABELS = CsrArrays(np.array([0, 2, 3]), np.array([4, 7, 2]), None, 10)

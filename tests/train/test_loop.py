@@ -13,7 +13,7 @@ import torch
 import slidex
 from slidex.errors import CheckpointError, DataError, DivergedError, InterruptedRunError
 from slidex.lsh import index_settings
-from slidex.nn.classifier import SHARED_TABLES
+from slidex.nn.selection import SHARED_TABLES
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
 from slidex.train.settle import learning_rate

@@ -10,11 +10,12 @@ import slidex
 from slidex.data import CsrArrays
 from slidex.errors import CheckpointError, ConfigError
 from slidex.lsh import ExactIndex, index
+from slidex.nn import rehash
+from slidex.nn.class_record import ClassRecord
 from slidex.nn.classifier import Classifier
-from slidex.train import rehash
+from slidex.nn.rehash import Rehasher
 from slidex.train.config import TrainConfig
-from slidex.train.coverage import ClassRecord
-from slidex.train.rehash import Rehasher, draw_queries
+from slidex.train.queries import draw_queries
 from slidex.train.settle import settle
 
 SMALL = {

@@ -1,6 +1,6 @@
 """Keeps the index over the output layer's rows up to date.
 
-Only rows that a step has touched can have a new code, and the trainer knows which ones: where they are few, a rehash
+Only rows that a step has touched can have a new code, and `ClassRecord` knows which ones: where they are few, a rehash
 hashes them alone. Building anew is for the rest: it is cheaper where most rows have moved, it lets an index fit its
 means, norms or quantiser to the rows of today, and an index that learns from hidden vectors needs it, as those move
 whatever the rows do. Which one is done depends on counts alone, never on the clock, so that a resumed run does the
@@ -10,26 +10,21 @@ same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from slidex.lsh import ClassSampler
-from slidex.lsh.index import QuerySample
-from slidex.nn.classifier import PREDICT_ROWS
-from slidex.train.coverage import TOUCHED
-from slidex.train.settle import DRIFT_ROWS, STREAM_QUERIES, counter_rng, rehash_schedule
+from slidex.nn.class_record import TOUCHED
+from slidex.nn.selection import DRIFT_ROWS, rehash_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex
-    from slidex.nn.encoder import BagEncoder
-    from slidex.nn.head import SampledHead
-    from slidex.train.config import TrainConfig
-    from slidex.train.coverage import ClassRecord
+    from slidex.lsh.index import QuerySample
+    from slidex.nn.class_record import ClassRecord
+    from slidex.nn.options import SamplingSettings
 
 UPDATE_SHARE = 0.5
 """Up to this share of touched rows an update of hash tables costs less CPU time than a build (docs/performance.md)."""
@@ -48,11 +43,25 @@ class Rehash:
     rows: int
 
 
+class OutputLayer(Protocol):
+    """What an index is over."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Float (C, D)."""
+        ...
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Float (C,), or None."""
+        ...
+
+
 class Rehasher:
     """Decides when the index is brought up to date, and how.
 
     Args:
-        config: Settings.
+        settings: Of the schedule; the seed draws the rows that drift is measured on.
         index: Over the rows of `head`.
         head: The output layer.
         record: Says which rows were touched since the last rehash.
@@ -61,15 +70,15 @@ class Rehasher:
 
     def __init__(
         self,
-        config: TrainConfig,
+        settings: SamplingSettings,
         index: CandidateIndex,
-        head: SampledHead,
+        head: OutputLayer,
         record: ClassRecord,
         sample_queries: Callable[[int], QuerySample],
     ) -> None:
-        self._schedule = rehash_schedule(config)
+        self._schedule = rehash_schedule(settings)
         self._updated_rows = 0  # by updates since the last build
-        self._seed, self._index, self._head = config.seed, index, head
+        self._seed, self._index, self._head = settings.seed, index, head
         self._record, self._sample_queries = record, sample_queries
 
     def rehash_if_due(self, step: int) -> Rehash | None:
@@ -107,30 +116,3 @@ class Rehasher:
     def _drift(self) -> float:
         sample = ClassSampler(self._index.num_classes, seed=self._seed).sample(DRIFT_ROWS, step=0)
         return self._index.drift(self._head.weight, self._head.bias, sample)
-
-
-def draw_queries(
-    encoder: BagEncoder, x: CsrArrays, y: CsrArrays, rows: np.ndarray, count: int, *, seed: int, step: int
-) -> QuerySample:
-    """Hidden vectors of random training rows with their true classes, a function of seed, step and weights.
-
-    Args:
-        encoder: Run without dropout, in blocks of `PREDICT_ROWS`.
-        x: Features of all training rows.
-        y: Their true classes.
-        rows: int64, the rows to draw from.
-        count: Rows to draw; all of `rows` where there are no more.
-        seed: Of the run.
-        step: Steps taken so far.
-    """
-    rng = counter_rng(seed, STREAM_QUERIES, step)
-    chosen = np.sort(rng.choice(rows, min(count, len(rows)), replace=False, shuffle=False))
-    with torch.no_grad():
-        blocks = [
-            encoder(x.take(chosen[first : first + PREDICT_ROWS]))
-            for first in range(0, len(chosen), PREDICT_ROWS)
-        ]
-    labels = y.take(chosen)
-    return QuerySample(
-        torch.cat(blocks), torch.from_numpy(labels.indptr), torch.from_numpy(labels.indices).long()
-    )
