@@ -139,7 +139,7 @@ def timed(trainer: Trainer, clock: Clock) -> Iterator[None]:
         (embedding, "group_by_id", "bag grouping", None),
         (head, "score", "score passes", lambda scored: scored.ids),
         (head, "update", "gradient passes", None),
-        (head, "_matmul", lambda: products[clock.stage], None),
+        (head.scorer, "_matmul", lambda: products[clock.stage], None),
         (selector, "pool" if head.mode == SHARED else "active_sets", "selection", None),
         (selector.sampler, "sample", "random draw", len),
         (index.family, "hash_queries", "hashing", lambda codes_NLV: codes_NLV),
@@ -274,7 +274,7 @@ def measure(dataset: Dataset, config: TrainConfig, steps: int, timer: Callable[[
     trainer = Trainer(dataset, settle(config, dataset), lambda *_: None)
     batches, spent = observe(trainer, steps, timer)
     head = trainer.model.head
-    dtype = torch.bfloat16 if head.precision == "bfloat16" and head.mode == SHARED else torch.float32
+    dtype = torch.bfloat16 if head.scorer.precision == "bfloat16" and head.mode == SHARED else torch.float32
     typical = batches[len(batches) // 2]
     ceilings, scattered = measure_ceilings(typical, head.num_classes, dtype, timer)
     return {

@@ -49,10 +49,12 @@ def embedding_bag_update(
     )
 
 
-def pair_logits(hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor, active_NA: Tensor) -> Tensor:
+def pair_logits(hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, active_NA: Tensor) -> Tensor:
     """``logits[n, a] = hidden[n] . weight[c] + bias[c]`` with ``c = active[n, a]``; -inf at pads."""
     classes_NA = active_NA.clamp(min=0).long()
-    logits_NA = torch.einsum("nad,nd->na", weight_CD[classes_NA], hidden_ND) + bias_C[classes_NA]
+    logits_NA = torch.einsum("nad,nd->na", weight_CD[classes_NA], hidden_ND)
+    if bias_C is not None:
+        logits_NA += bias_C[classes_NA]
     return logits_NA.masked_fill(active_NA < 0, -torch.inf)
 
 
@@ -68,9 +70,9 @@ def pair_update(
     hidden_ND: Tensor,
     active_NA: Tensor,
     weight_CD: Tensor,
-    bias_C: Tensor,
+    bias_C: Tensor | None,
     weight_state: RowState,
-    bias_state: RowState,
+    bias_state: RowState | None,
     settings: StepSettings,
 ) -> None:
     """Optimiser step in place on the active classes c.
@@ -84,7 +86,7 @@ def pair_update(
     grad_UD = weight_CD.new_zeros(len(ids), weight_CD.shape[1]).index_add_(
         0, group, scale[:, None] * hidden_ND[rows]
     )
-    grad_U = bias_C.new_zeros(len(ids)).index_add_(0, group, scale)
+    grad_U = weight_CD.new_zeros(len(ids)).index_add_(0, group, scale)
     rows_update(ids, grad_UD, grad_U, weight_CD, bias_C, weight_state, bias_state, settings)
 
 
@@ -109,25 +111,26 @@ def logistic_loss(logits_NA: Tensor, target_NA: Tensor, weight_NA: Tensor | None
     return (weight_NA * loss_NA).sum(1), weight_NA * grad_NA
 
 
-def gather_rows(weight_CD: Tensor, bias_C: Tensor, ids_U: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of the rows and biases of the classes `ids_U`."""
-    return weight_CD[ids_U], bias_C[ids_U]
+def gather_rows(weight_CD: Tensor, bias_C: Tensor | None, ids_U: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of the rows and biases of the classes `ids_U`; without a bias, zeros."""
+    return weight_CD[ids_U], weight_CD.new_zeros(len(ids_U)) if bias_C is None else bias_C[ids_U]
 
 
 @torch.no_grad()
 def rows_update(
     ids_U: Tensor,
     grad_UD: Tensor,
-    grad_bias_U: Tensor,
+    grad_bias_U: Tensor | None,
     weight_CD: Tensor,
-    bias_C: Tensor,
+    bias_C: Tensor | None,
     weight_state: RowState,
-    bias_state: RowState,
+    bias_state: RowState | None,
     settings: StepSettings,
 ) -> None:
     """Optimiser step in place on the rows and biases of the classes `ids_U`, which are distinct."""
     _update(ids_U, grad_UD, weight_CD, weight_state, settings)
-    _update(ids_U, grad_bias_U, bias_C, bias_state, settings)
+    if bias_C is not None and bias_state is not None and grad_bias_U is not None:
+        _update(ids_U, grad_bias_U, bias_C, bias_state, settings)
 
 
 def shared_softmax_loss(

@@ -82,7 +82,9 @@ class Problem:
         active[3:4] = -1
         return torch.from_numpy(active)
 
-    def _state(self, like: torch.Tensor) -> RowState:
+    def _state(self, like: torch.Tensor | None) -> RowState | None:
+        if like is None:
+            return None
         empty = RowState.zeros_like(like, self.shape.optimizer)
         return RowState(
             self._floats(*empty.moment1.shape) * 0.1, self._floats(*empty.moment2.shape, low=0) * 0.01
@@ -104,9 +106,11 @@ class Problem:
             cast(argument, dtype) for argument in getattr(self, f"_{kernel.removeprefix('shared_')}")(kernel)
         ]
 
-    def _pair_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _pair_parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         shape = self.shape
-        weight, bias = self._floats(shape.classes, shape.width), self._floats(shape.classes)
+        weight, bias = self._floats(shape.classes, shape.width), None
+        if shape.optional:
+            bias = self._floats(shape.classes)
         return self._floats(shape.rows, shape.slots), self._floats(shape.rows, shape.width), weight, bias
 
     def _embedding_bag(self, _: str) -> Arguments:
@@ -166,7 +170,7 @@ class Problem:
     def _rows_update(self, _: str) -> Arguments:
         _, _, weight, bias = self._pair_parts()
         ids = self._pool()
-        grads = self._floats(len(ids), self.shape.width), self._floats(len(ids))
+        grads = self._floats(len(ids), self.shape.width), None if bias is None else self._floats(len(ids))
         return [ids, *grads, weight, bias, self._state(weight), self._state(bias), SETTINGS]
 
     def _pool(self) -> torch.Tensor:

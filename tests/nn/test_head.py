@@ -113,7 +113,7 @@ def test_correction_changes_the_loss(mode, correction):
 
 def test_bfloat16_products_stay_close_to_float32():
     full, half = make_head("exact"), make_head("exact")
-    half.precision = "bfloat16"
+    half.scorer.precision = "bfloat16"
     a, b = full.score(hidden(), LABELS, 1).loss_N, half.score(hidden(), LABELS, 1).loss_N
     assert not torch.equal(a, b)
     torch.testing.assert_close(a, b, rtol=0.03, atol=0.03)
@@ -142,9 +142,9 @@ def test_topk_among_candidates():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ConfigError, match="'mode' parameter of SampledHead must be one of"):
+    with pytest.raises(ConfigError, match="'mode' parameter of Scorer must be one of"):
         SampledHead(D, C, mode="magic")
-    with pytest.raises(ConfigError, match="'selector' parameter of SampledHead must be given"):
+    with pytest.raises(ConfigError, match="'selector' parameter of Scorer must be given"):
         SampledHead(D, C, mode="shared")
     with pytest.raises(ConfigError, match="'optimizer' parameter of SampledHead must be one of"):
         SampledHead(D, C, mode="exact", optimizer="sgd")

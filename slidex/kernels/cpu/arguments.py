@@ -7,7 +7,7 @@ id.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numba
 import numpy as np
@@ -39,7 +39,7 @@ class Arguments:
         if dtype not in FLOATS:
             self._fail("dtype", "torch.float32 or torch.float64", dtype)
 
-    def _fail(self, name: str, constraint: str, value: object) -> None:
+    def _fail(self, name: str, constraint: str, value: object) -> NoReturn:
         raise ConfigError(
             f"The {name!r} parameter of {self.caller} must be {constraint}. Got {value!r} instead."
         )
@@ -72,6 +72,23 @@ class Arguments:
         if not tensor.is_contiguous():
             self._fail(name, "contiguous, as it is changed in place", tuple(tensor.stride()))
         return self.floats(name, tensor, shape)
+
+    def floats_or_none(self, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
+        """Like `floats`; None becomes an empty array of as many dimensions, which kernels take for "there is none"."""
+        if tensor is None:
+            return torch.empty((0, *shape[1:]), dtype=self.dtype).numpy()
+        return self.floats(name, tensor, shape)
+
+    def parameter_or_none(
+        self, name: str, tensor: torch.Tensor | None, state: RowState | None, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Like `parameter`; None, which has no state, becomes three empty arrays."""
+        if tensor is None:
+            none = self.floats_or_none(name, None, shape)
+            return none, none, none
+        if state is None:
+            self._fail(f"state of {name}", "given with it", None)
+        return self.parameter(name, tensor, state, shape)
 
     def parameter(
         self, name: str, tensor: torch.Tensor, state: RowState, shape: tuple[int, ...]

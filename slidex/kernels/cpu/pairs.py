@@ -27,7 +27,10 @@ _SLOTS_AHEAD = 8
 
 
 def pair_logits(
-    hidden_ND: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor, active_NA: torch.Tensor
+    hidden_ND: torch.Tensor,
+    weight_CD: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    active_NA: torch.Tensor,
 ) -> torch.Tensor:
     """Scores of each row's active classes.
 
@@ -37,7 +40,7 @@ def pair_logits(
     Args:
         hidden_ND: float32 or float64.
         weight_CD: dtype of `hidden_ND`.
-        bias_C: dtype of `hidden_ND`.
+        bias_C: dtype of `hidden_ND`, or None for 0.
         active_NA: int64 class ids in [0, C), or -1 for a pad.
 
     Returns:
@@ -52,7 +55,7 @@ def pair_logits(
     _logits(
         check.floats("hidden_ND", hidden_ND, (num_rows, width)),
         check.floats("weight_CD", weight_CD, (num_classes, width)),
-        check.floats("bias_C", bias_C, (num_classes,)),
+        check.floats_or_none("bias_C", bias_C, (num_classes,)),
         check.ids("active_NA", active_NA, (num_rows, active_NA.shape[-1]), -1, num_classes),
         logits_NA.numpy(),
     )
@@ -93,9 +96,9 @@ def pair_update(
     hidden_ND: torch.Tensor,
     active_NA: torch.Tensor,
     weight_CD: torch.Tensor,
-    bias_C: torch.Tensor,
+    bias_C: torch.Tensor | None,
     weight_state: RowState,
-    bias_state: RowState,
+    bias_state: RowState | None,
     settings: StepSettings,
 ) -> None:
     """Gradient of the active weight rows and biases, and their optimiser step, in one pass and in place.
@@ -109,9 +112,9 @@ def pair_update(
         hidden_ND: dtype of `grad_NA`.
         active_NA: int64 class ids in [0, C), or -1 for a pad.
         weight_CD: Updated in place; contiguous.
-        bias_C: Updated in place; contiguous.
+        bias_C: Updated in place; contiguous; or None.
         weight_state: State of `weight_CD`, updated in place.
-        bias_state: State of `bias_C`, updated in place.
+        bias_state: State of `bias_C`, updated in place; None where there is no bias.
         settings: The step's settings.
 
     Raises:
@@ -123,7 +126,7 @@ def pair_update(
     active = check.ids("active_NA", active_NA, (num_rows, num_slots), -1, num_classes)
     hidden = check.floats("hidden_ND", hidden_ND, (num_rows, width))
     weights = check.parameter("weight_CD", weight_CD, weight_state, (num_classes, width))
-    biases = check.parameter("bias_C", bias_C, bias_state, (num_classes,))
+    biases = check.parameter_or_none("bias_C", bias_C, bias_state, (num_classes,))
     indptr = np.arange(num_rows + 1) * num_slots
     groups = group_by_id(active.reshape(-1), indptr, num_classes, num_chunks())
     update_groups(groups, grad.reshape(-1), hidden, weights, biases, settings)
@@ -144,7 +147,8 @@ def _logits_row(hidden_D, weight_CD, bias_C, active_A, logits_A):
         if c < 0:
             logits_A[a] = -np.inf
             continue
-        logits_A[a] = bias_C[c] + lane_dot(hidden_D, weight_CD[c])
+        score = lane_dot(hidden_D, weight_CD[c])
+        logits_A[a] = score + bias_C[c] if bias_C.size else score
 
 
 @njit(cache=True, nogil=True, parallel=True)

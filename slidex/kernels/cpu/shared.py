@@ -22,7 +22,7 @@ _ROWS_AHEAD = 8
 
 
 def gather_rows(
-    weight_CD: torch.Tensor, bias_C: torch.Tensor, ids_U: torch.Tensor
+    weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids_U: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the pool's rows and biases into contiguous blocks.
 
@@ -30,7 +30,7 @@ def gather_rows(
 
     Args:
         weight_CD: float32 or float64.
-        bias_C: dtype of `weight_CD`.
+        bias_C: dtype of `weight_CD`, or None for 0.
         ids_U: int64 class ids in [0, C).
 
     Returns:
@@ -46,7 +46,7 @@ def gather_rows(
     bias_U = torch.empty(pool_size, dtype=weight_CD.dtype)
     _gather(
         check.floats("weight_CD", weight_CD, (num_classes, width)),
-        check.floats("bias_C", bias_C, (num_classes,)),
+        check.floats_or_none("bias_C", bias_C, (num_classes,)),
         check.ids("ids_U", ids_U, (pool_size,), 0, num_classes),
         block_UD.numpy(),
         bias_U.numpy(),
@@ -58,11 +58,11 @@ def gather_rows(
 def rows_update(
     ids_U: torch.Tensor,
     grad_UD: torch.Tensor,
-    grad_bias_U: torch.Tensor,
+    grad_bias_U: torch.Tensor | None,
     weight_CD: torch.Tensor,
-    bias_C: torch.Tensor,
+    bias_C: torch.Tensor | None,
     weight_state: RowState,
-    bias_state: RowState,
+    bias_state: RowState | None,
     settings: StepSettings,
 ) -> None:
     """Optimiser step of the pool's rows and biases, in place.
@@ -73,11 +73,11 @@ def rows_update(
     Args:
         ids_U: int64 class ids in [0, C), each at most once.
         grad_UD: Gradient of the rows, dtype of `weight_CD`.
-        grad_bias_U: Gradient of the biases, dtype of `weight_CD`.
+        grad_bias_U: Gradient of the biases, dtype of `weight_CD`; None where there is no bias.
         weight_CD: float32 or float64, updated in place; contiguous.
-        bias_C: Updated in place; contiguous.
+        bias_C: Updated in place; contiguous; or None.
         weight_state: State of `weight_CD`, updated in place.
-        bias_state: State of `bias_C`, updated in place.
+        bias_state: State of `bias_C`, updated in place; None where there is no bias.
         settings: The step's settings.
 
     Raises:
@@ -90,9 +90,9 @@ def rows_update(
     _rows_update(
         check.ids("ids_U", ids_U, (pool_size,), 0, num_classes),
         grad,
-        check.floats("grad_bias_U", grad_bias_U, (pool_size,)),
+        check.floats_or(0, "grad_bias_U", grad_bias_U if bias_C is not None else None, (pool_size,)),
         check.parameter("weight_CD", weight_CD, weight_state, (num_classes, width)),
-        check.parameter("bias_C", bias_C, bias_state, (num_classes,)),
+        check.parameter_or_none("bias_C", bias_C, bias_state, (num_classes,)),
         coefficients(settings, grad.dtype),
         num_chunks(),
     )
@@ -111,7 +111,7 @@ def _gather_chunk(weight_CD, bias_C, ids_U, block_UD, bias_U):
         if u + _ROWS_AHEAD < ids_U.size:
             prefetch_row(weight_CD, ids_U[u + _ROWS_AHEAD])
         c = ids_U[u]
-        bias_U[u] = bias_C[c]
+        bias_U[u] = bias_C[c] if bias_C.size else bias_U.dtype.type(0)
         for d in range(block_UD.shape[1]):
             block_UD[u, d] = weight_CD[c, d]
 
@@ -129,4 +129,5 @@ def _rows_chunk(ids_U, grad_UD, grad_bias_U, weights, biases, step):
         if u + AHEAD < ids_U.size:
             prefetch_parameter(weights, ids_U[u + AHEAD])
         update_row(grad_UD[u], weights, ids_U[u], step)
-        update_entry(grad_bias_U[u], biases, ids_U[u], step)
+        if biases[0].size:
+            update_entry(grad_bias_U[u], biases, ids_U[u], step)
