@@ -1,1 +1,33 @@
-"""The model's parts as torch modules: encoder, output layer, and the choice of its active classes."""
+"""The model's parts as torch modules: the large-output head with its loss, encoder, and the choice of active classes.
+
+`LSHSoftmaxLoss` and `SamplingOptions` are for models of your own; they load their modules on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slidex.nn import functional
+    from slidex.nn.options import SamplingOptions
+    from slidex.nn.sampling import Sampling, SamplingStats
+    from slidex.nn.softmax_loss import LSHSoftmaxLoss, TopK
+
+__all__ = ["LSHSoftmaxLoss", "Sampling", "SamplingOptions", "SamplingStats", "TopK", "functional"]
+
+_HOME = {
+    "LSHSoftmaxLoss": "slidex.nn.softmax_loss",
+    "Sampling": "slidex.nn.sampling",
+    "SamplingOptions": "slidex.nn.options",
+    "SamplingStats": "slidex.nn.sampling",
+    "TopK": "slidex.nn.softmax_loss",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name == "functional":
+        return importlib.import_module("slidex.nn.functional")
+    raise AttributeError(f"module 'slidex.nn' has no attribute {name!r}")

@@ -82,13 +82,6 @@ class Scored:
     grad: torch.Tensor
     rows_UD: torch.Tensor
 
-    def scaled(self, factor: torch.Tensor | float) -> Scored:
-        """With `grad`, in place, times the upstream gradient: one number, or one for each row, (N,)."""
-        if isinstance(factor, torch.Tensor) and factor.dim():
-            factor = factor[:, None]
-        self.grad.mul_(factor)
-        return self
-
 
 class Scorer:
     """How an output layer scores a batch.

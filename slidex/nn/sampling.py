@@ -1,0 +1,370 @@
+"""What a sampled output layer keeps besides its weights: index, rehash schedule, step count, and the rows' optimiser.
+
+One object of it belongs to one layer. Its loss is one autograd node: forward chooses the classes and computes loss and
+scores' gradient with the kernels; backward makes the gradient of what came before the layer, and of the touched rows
+either gradients for the caller's optimiser or, fused, their optimiser step at once.
+
+Legend: N rows in a batch, C classes, D hidden width, U classes that were scored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from slidex.errors import ConfigError, DivergedError
+from slidex.kernels import RowState, StepSettings
+from slidex.lsh.index import QuerySample
+from slidex.nn.class_record import SEEN, ClassRecord
+from slidex.nn.functional import label_mass
+from slidex.nn.rehash import Rehasher
+from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
+from slidex.nn.selection import make_config_index, make_selector, settle_sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from slidex.data.csr import CsrArrays
+    from slidex.lsh import CandidateIndex, IndexStats
+    from slidex.nn.options import SamplingOptions
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingStats:
+    """What a sampled layer has done so far.
+
+    Args:
+        steps: Losses computed in training.
+        updates: Optimiser steps that backward has made; 0 where it makes none.
+        active_classes: Classes a row of the last batch was scored on, on average.
+        classes_seen: Share of all classes that were ever active.
+        rehashes: How often the index was built or updated.
+        index: Of the index; None without one.
+    """
+
+    steps: int
+    updates: int
+    active_classes: float
+    classes_seen: float
+    rehashes: int
+    index: IndexStats | None
+
+
+class Sampling:
+    """Chooses the classes of every batch of one layer, keeps its index up to date, and may update its rows.
+
+    Everything random is a function of (seed, step); `step` counts the losses computed so far.
+
+    Args:
+        options: Settings.
+        in_features: D.
+        num_classes: C.
+
+    Attributes:
+        learning_rate: Of the fused updates; set it before a backward pass, as a schedule wants.
+
+    Raises:
+        ConfigError: if settings do not fit each other or the layer.
+    """
+
+    def __init__(self, options: SamplingOptions, in_features: int, num_classes: int) -> None:
+        self.options = options
+        self.settings = settle_sampling(options)
+        counts = options.class_counts
+        counts = None if counts is None else np.asarray(counts, dtype=np.int64)
+        if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
+            raise ConfigError(
+                "The 'class_counts' setting must be given where 'correction' is logq. Got None instead."
+            )
+        selector = make_selector(self.settings, in_features, num_classes, counts)
+        self.scorer = Scorer(self.settings.mode, precision=self.settings.precision, selector=selector)
+        self.in_features, self.num_classes = in_features, num_classes
+        self.learning_rate = options.learning_rate
+        self.step = self.updates = self.rehashes = 0
+        self.rows = Rows(torch.empty(0, in_features), None)
+        self.states: tuple[RowState, RowState | None] | None = None
+        self._record = ClassRecord(num_classes)
+        self._active, self._recent = 0.0, list[tuple[torch.Tensor, Any]]()
+        self._rehasher, self._stale = None, True
+        self._prediction: tuple[object, CandidateIndex] | None = None
+        if self.index is not None:
+            self._rehasher = Rehasher(self.settings, self.index, self, self._record, self._queries)
+
+    @property
+    def index(self) -> CandidateIndex | None:
+        """Over the layer's rows; None in ``exact`` mode or with random classes only."""
+        return None if self.scorer.selector is None else self.scorer.selector.index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's weights at the last loss, (C, D)."""
+        return self.rows.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias at the last loss, (C,), or None."""
+        return self.rows.bias
+
+    @property
+    def fused(self) -> bool:
+        """Whether backward updates the rows itself."""
+        return self.settings.optimizer is not None
+
+    @torch.compiler.disable
+    def loss(
+        self,
+        input_: torch.Tensor,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None,
+        labels: CsrArrays,
+        *,
+        class_weights: torch.Tensor | None,
+        reduction: str,
+        label_smoothing: float,
+    ) -> torch.Tensor:
+        """Loss on the active classes of this batch; see `slidex.nn.functional.lsh_softmax`."""
+        self._bind(weight_CD, bias_C)
+        hidden_ND = input_.reshape(-1, self.in_features).to(weight_CD.dtype)
+        self._rehash(hidden_ND.detach(), labels)
+        mass_P, mass = label_mass(labels, class_weights), None
+        if class_weights is not None or label_smoothing > 0:
+            mass = LabelMass(mass_P, label_smoothing, class_weights)
+        total = float(mass_P.double().sum())
+        scale = 1 / total if reduction == "mean" and total > 0 else 1.0
+        loss = _SampledLoss.apply(hidden_ND, weight_CD, bias_C, self, labels, scale, mass, reduction)
+        self.step += 1
+        if reduction == "none":
+            return loss.reshape(input_.shape[:-1])
+        return loss if total > 0 or reduction == "sum" else loss * math.nan
+
+    def rehash(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        """Builds the index over these rows now, whatever the schedule says."""
+        self._bind(weight_CD, bias_C)
+        if self._rehasher is not None:
+            self._rehasher.build(self.step)
+            self.rehashes, self._stale = self.rehashes + 1, False
+
+    def invalidate(self) -> None:
+        """Notes that the layer's weights were replaced: the index is built again before the next loss."""
+        self._stale, self._prediction = True, None
+
+    def prediction_index(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> CandidateIndex:
+        """An index over these rows with as many tables as single rows need; built again when the rows have changed.
+
+        Raises:
+            ConfigError: if the settings ask for no index.
+        """
+        self._bind(weight_CD, bias_C)
+        if self.index is None:
+            raise ConfigError("Indexed prediction needs an index: set 'index', in a mode other than exact.")
+        now = weight_CD._version, weight_CD.data_ptr(), None if bias_C is None else bias_C._version
+        if self._prediction is None or self._prediction[0] != now:
+            index = self.index
+            if not index.uses_queries:
+                index = make_config_index(self.settings, self.in_features, self.num_classes) or index
+            index.build(weight_CD.detach(), None if bias_C is None else bias_C.detach())
+            self._prediction = now, index
+        return self._prediction[1]
+
+    def stats(self) -> SamplingStats:
+        """What was done so far."""
+        return SamplingStats(
+            steps=self.step,
+            updates=self.updates,
+            active_classes=self._active,
+            classes_seen=self._record.share(SEEN),
+            rehashes=self.rehashes,
+            index=None if self.index is None else self.index.stats(),
+        )
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Step counts and the fused optimiser's state; the tensors share memory with it."""
+        state = {"counts": torch.tensor([self.step, self.updates])}
+        for name, rows in zip(("weight", "bias"), self.states or (), strict=False):
+            if rows is not None:
+                state |= {f"{name}.moment1": rows.moment1, f"{name}.moment2": rows.moment2}
+        return state
+
+    def load_state_dict(
+        self, state: Mapping[str, torch.Tensor], weight_CD: torch.Tensor, bias_C: torch.Tensor | None
+    ) -> None:
+        """Restores what `state_dict` gave, for a layer of the same shape and optimizer.
+
+        Raises:
+            ConfigError: if a tensor is missing or too much, or has another shape or dtype.
+        """
+        states = self._fresh_states(weight_CD, bias_C) if self.fused and "weight.moment1" in state else None
+        expected = {"counts": torch.empty(2, dtype=torch.int64)}
+        for name, rows in zip(("weight", "bias"), states or (), strict=False):
+            if rows is not None:
+                expected |= {f"{name}.moment1": rows.moment1, f"{name}.moment2": rows.moment2}
+        found, wanted = (
+            {k: (tuple(v.shape), v.dtype) for k, v in part.items()} for part in (state, expected)
+        )
+        if found != wanted:
+            raise ConfigError(f"The 'state' parameter must hold {wanted}. Got {found} instead.")
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+        self.step, self.updates = expected["counts"].tolist()
+        self.states = states
+        self.invalidate()
+
+    def update(self, scored: Scored, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        """The fused optimiser's step on the rows that were scored.
+
+        Raises:
+            DivergedError: if the loss or its gradient is not finite; nothing is written.
+        """
+        if not (torch.isfinite(scored.loss_N).all() and torch.isfinite(scored.grad).all()):
+            raise DivergedError(
+                f"the loss of step {self.step:,}, or its gradient, is not finite; its update was not applied. "
+                f"Lower 'learning_rate' (now {self.learning_rate:g})."
+            )
+        if self.states is None:
+            self.states = self._fresh_states(weight_CD, bias_C)
+        options = self.options
+        settings = StepSettings(
+            learning_rate=self.learning_rate,
+            step=self.updates + 1,
+            beta1=options.beta1,
+            beta2=options.beta2,
+            epsilon=options.epsilon,
+            weight_decay=options.weight_decay,
+        )
+        self.scorer.update(scored, Rows(weight_CD, bias_C), *self.states, settings)
+        torch.autograd.graph.increment_version([t for t in (weight_CD, bias_C) if t is not None])
+        self.updates += 1
+
+    def note(self, scored: Scored, labels: CsrArrays) -> None:
+        """Notes the classes of a batch."""
+        self._active = scored.active
+        if self.settings.mode != "exact":
+            self._record.note(scored.ids, labels)
+        else:
+            self._record.flags_C1 |= SEEN
+
+    def _bind(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        for name, tensor, shape in (
+            ("linear_weight", weight_CD, (self.num_classes, self.in_features)),
+            ("linear_bias", bias_C, (self.num_classes,)),
+        ):
+            if tensor is None:
+                continue
+            if tensor.device.type != "cpu":
+                raise ConfigError(
+                    f"The {name!r} parameter must be on the CPU where classes are sampled; there are no kernels for "
+                    f"other devices yet. Got {tensor.device} instead. options=None works on every device."
+                )
+            if tensor.dtype not in DTYPES or tuple(tensor.shape) != shape:
+                raise ConfigError(
+                    f"The {name!r} parameter must be float32 or float64 of shape {shape} where classes are sampled "
+                    f"(precision='bfloat16' is for the products). Got {tensor.dtype} of {tuple(tensor.shape)} instead."
+                )
+        self.rows = Rows(weight_CD.detach(), None if bias_C is None else bias_C.detach())
+
+    def _rehash(self, hidden_ND: torch.Tensor, labels: CsrArrays) -> None:
+        if self._rehasher is None or self.index is None:
+            return
+        if self.index.uses_queries:
+            self._remember(hidden_ND, labels)
+        if not self.fused:  # the caller's optimizer may move any row
+            self._record.touch_all()
+        if self._stale:
+            self.rehash(*self.rows)
+        elif self._rehasher.rehash_if_due(self.step) is not None:
+            self.rehashes += 1
+
+    def _remember(self, hidden_ND: torch.Tensor, labels: CsrArrays) -> None:
+        """Keeps this batch for the index to learn from, and forgets what is too old."""
+        self._recent.append((hidden_ND.float().clone(), labels))
+        while sum(len(h) for h, _ in self._recent[1:]) >= self.settings.index_sample:
+            self._recent.pop(0)
+
+    def _queries(self, step: int) -> QuerySample:
+        """The most recent hidden vectors with their true classes."""
+        del step
+        most, counts = self.settings.index_sample, [np.diff(labels.indptr) for _, labels in self._recent]
+        hidden_ND = torch.cat([hidden for hidden, _ in self._recent])
+        indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts))])[: min(most, len(hidden_ND)) + 1]
+        ids = np.concatenate([labels.indices for _, labels in self._recent])[: indptr[-1]].astype(np.int64)
+        return QuerySample(hidden_ND[:most], torch.from_numpy(indptr), torch.from_numpy(ids))
+
+    def _fresh_states(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None
+    ) -> tuple[RowState, RowState | None]:
+        optimizer = self.settings.optimizer or "adam"
+        bias_state = None if bias_C is None else RowState.zeros_like(bias_C, optimizer)
+        return RowState.zeros_like(weight_CD, optimizer), bias_state
+
+
+class _SampledLoss(torch.autograd.Function):
+    """Loss of a batch on its active classes; reduced losses have the reduction's scale in their gradient already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None,
+        sampling: Sampling,
+        labels: CsrArrays,
+        scale: float,
+        mass: LabelMass | None,
+        reduction: str,
+    ) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):  # `precision` says how products are made
+            scored = sampling.scorer.score(
+                Rows(weight_CD, bias_C), hidden_ND.detach(), labels, sampling.step, row_scale=scale, mass=mass
+            )
+        sampling.note(scored, labels)
+        ctx.sampling, ctx.scored, ctx.layer, ctx.updated = sampling, scored, (weight_CD, bias_C), False
+        ctx.set_materialize_grads(False)
+        return scored.loss_N if reduction == "none" else scored.loss_N.sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        (upstream,) = grad_outputs
+        nothing = (None,) * 8
+        if upstream is None:
+            return nothing
+        sampling, scored = ctx.sampling, ctx.scored
+        if upstream.dim() or upstream != 1:
+            factor = upstream[:, None] if upstream.dim() else upstream
+            scored = replace(scored, grad=scored.grad * factor)
+        weight_CD, bias_C = ctx.layer
+        with torch.autocast("cpu", enabled=False):
+            hidden_grad_ND = sampling.scorer.hidden_grad(scored) if ctx.needs_input_grad[0] else None
+            if sampling.fused:
+                if ctx.updated:
+                    raise RuntimeError(
+                        "backward has updated the layer's rows already: run forward again first"
+                    )
+                sampling.update(scored, weight_CD, bias_C)
+                ctx.updated = True
+                return hidden_grad_ND, *nothing[1:]
+            if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+                return hidden_grad_ND, *nothing[1:]
+            ids_U, grad_UD, grad_U = sampling.scorer.rows_grad(scored)
+        sparse = sampling.options.sparse_grad
+        weight_grad = _row_gradient(ids_U, grad_UD, weight_CD, sparse) if ctx.needs_input_grad[1] else None
+        bias_grad = _row_gradient(ids_U, grad_U, bias_C, sparse) if ctx.needs_input_grad[2] else None
+        return hidden_grad_ND, weight_grad, bias_grad, *nothing[3:]
+
+
+def _row_gradient(
+    ids_U: torch.Tensor, grad: torch.Tensor, parameter: torch.Tensor, sparse: bool
+) -> torch.Tensor:
+    """The gradient of a parameter of which only the rows `ids_U`, ascending, have one."""
+    if sparse:
+        return torch.sparse_coo_tensor(
+            ids_U[None], grad, parameter.shape, is_coalesced=True, check_invariants=False
+        )
+    return torch.zeros_like(parameter).index_copy_(0, ids_U, grad)

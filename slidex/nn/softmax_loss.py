@@ -1,0 +1,286 @@
+"""`LSHSoftmaxLoss`: a large output layer and its loss as one torch module.
+
+Legend: N rows in a batch (leading dimensions flattened), C classes, D hidden width, P labels of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from slidex.errors import ConfigError
+from slidex.kernels import cpu as kernels
+from slidex.lsh import exact_topk
+from slidex.nn.functional import check_arguments, lsh_softmax
+from slidex.nn.sampling import Sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from slidex.nn.options import SamplingOptions
+    from slidex.nn.sampling import SamplingStats
+
+PREDICT_CANDIDATES = 1024
+"""Classes asked of the index for each row in indexed prediction."""
+
+
+class TopK(NamedTuple):
+    """The best classes of every row, best first.
+
+    Args:
+        ids: int64 (..., k), -1 where a row has no further class.
+        scores: floating (..., k), logits; -inf where there is no class.
+    """
+
+    ids: torch.Tensor
+    scores: torch.Tensor
+
+
+class LSHSoftmaxLoss(nn.Module):
+    """A linear layer onto C classes with its softmax cross-entropy, exact or on the classes that matter for the batch.
+
+    ``options=None`` is the exact loss, on every device: that of `torch.nn.functional.cross_entropy` over
+    `torch.nn.functional.linear`. With `SamplingOptions` the loss of a training step is computed on the rows' true
+    classes, those an index over the weights proposes, and random ones; in eval mode it is exact. The index is built at
+    the first training step and brought up to date by its schedule, and it is never part of the state dict.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        bias: Whether classes have a bias.
+        device: Of the parameters.
+        dtype: Of the parameters; float32 or float64 where classes are sampled.
+        reduction: ``mean`` (weighted by the rows' label mass, as in torch: rows without a label do not count),
+            ``sum`` or ``none``.
+        weight: floating (C,), what each class counts in the loss; None means 1.
+        ignore_index: Class id that marks a row without a label; None means -100.
+        label_smoothing: Share of the label mass that is spread over all classes, in [0, 1].
+        options: Settings of sampling and of fused row updates; None is the exact loss.
+
+    Attributes:
+        weight: Parameter (C, D), named and shaped as that of `torch.nn.Linear`.
+        bias: Parameter (C,), or None.
+        class_weight: Buffer (C,), not in the state dict: the argument `weight`, or None.
+        learning_rate: With a fused optimizer, its step size; set it as a schedule wants.
+
+    Raises:
+        ConfigError: An argument is out of its range, or options do not fit each other or the layer.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    class_weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: torch.Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: SamplingOptions | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"The {name!r} parameter of LSHSoftmaxLoss must be an integer of at least 1. Got {value!r} instead."
+                )
+        self.in_features, self.num_classes = in_features, num_classes
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("class_weight", weight, persistent=False)
+        check_arguments(self.weight[:0], self.weight, self.bias, weight, reduction, label_smoothing)
+        self._sampling = None if options is None else Sampling(options, in_features, num_classes)
+        self.register_load_state_dict_post_hook(_after_loading)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        reduction: str = "mean",
+        weight: torch.Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: SamplingOptions | None = None,
+    ) -> LSHSoftmaxLoss:
+        """A loss over the very parameters of a linear layer: what changes one changes the other.
+
+        Raises:
+            ConfigError: as the constructor, or if the linear layer's weight is no parameter of its own.
+        """
+        weights, biases = linear.weight, linear.bias
+        if not isinstance(weights, nn.Parameter) or not isinstance(biases, nn.Parameter | None):
+            raise ConfigError(
+                "The 'linear' parameter of from_linear must own its weight and bias as parameters. "
+                f"Got {type(weights).__name__} and {type(biases).__name__} instead."
+            )
+        head = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            device="meta",
+            reduction=reduction,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+        )
+        head.weight, head.bias = weights, biases
+        return head
+
+    def reset_parameters(self) -> None:
+        """Draws new weights as `torch.nn.Linear` does, uniform within 1 / sqrt(D); the index is built anew."""
+        bound = 1 / math.sqrt(self.in_features)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        self._weights_replaced()
+
+    def forward(self, input: torch.Tensor, target: Any) -> torch.Tensor:  # noqa: A002  (torch's name)
+        """The loss.
+
+        Args:
+            input: floating (..., D).
+            target: One of
+
+                * integer tensor (...): a class id for each row, `ignore_index` for a row without a label;
+                * integer tensor (..., P): class ids of each row, distinct, padded with -1 (or `ignore_index`);
+                * compressed sparse rows (N, C) of ones: a ``torch.sparse_csr_tensor``, a scipy sparse matrix, or
+                  `slidex.data.CsrArrays`. A row's labels share its mass alike.
+
+        Returns:
+            A number, or (...) where `reduction` is ``none``; rows without a label have 0. The mean over no label at all
+            is NaN, as in torch.
+
+        Raises:
+            ConfigError: `input` or `target` do not fit the layer.
+            DivergedError: in backward, with a fused optimizer, if loss or gradient are not finite; nothing is written.
+        """
+        return lsh_softmax(
+            input,
+            self.weight,
+            target,
+            linear_bias=self.bias,
+            weight=self.class_weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            sampling=self._sampling if self.training else None,
+        )
+
+    @torch.no_grad()
+    def topk(
+        self,
+        input: torch.Tensor,  # noqa: A002
+        k: int,
+        *,
+        indexed: bool = False,
+        candidates: int = PREDICT_CANDIDATES,
+    ) -> TopK:
+        """The k best classes of every row; never holds an (N, C) matrix.
+
+        Args:
+            input: floating (..., D).
+            k: Classes per row, at least 1.
+            indexed: Score only the classes that the index proposes. It is brought up to date first, if the weights
+                have changed.
+            candidates: How many it proposes for each row, if `indexed`.
+
+        Raises:
+            ConfigError: An argument is out of its range, or `indexed` is asked of a layer without an index.
+        """
+        for name, value in (("k", k), ("candidates", candidates)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(
+                    f"The {name!r} parameter of topk must be an integer of at least 1. Got {value!r} instead."
+                )
+        check_arguments(input, self.weight, self.bias, None, self.reduction, self.label_smoothing)
+        hidden_ND = input.reshape(-1, self.in_features).to(self.weight.dtype)
+        if not indexed:
+            scores_NK, ids_NK = exact_topk(hidden_ND, self.weight, self.bias, k)
+        elif self._sampling is None:
+            raise ConfigError(
+                "The 'indexed' parameter of topk must be False where options are None. Got True instead."
+            )
+        else:
+            index = self._sampling.prediction_index(self.weight, self.bias)
+            active_NA = index.query(hidden_ND, max(k, candidates))
+            logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, active_NA)
+            scores_NK, slots_NK = logits_NA.topk(k)
+            ids_NK = active_NA.gather(1, slots_NK)
+        shape = *input.shape[:-1], k
+        return TopK(ids_NK.reshape(shape), scores_NK.reshape(shape))
+
+    def rehash(self) -> None:
+        """Builds the index over the weights of now, whatever the schedule says.
+
+        Raises:
+            ConfigError: if nothing is sampled (``options=None``), or an index that learns has seen no batch yet.
+        """
+        self._need_sampling("rehash").rehash(self.weight, self.bias)
+
+    def stats(self) -> SamplingStats:
+        """Steps, updates, active classes, coverage, and the state of the index.
+
+        Raises:
+            ConfigError: if nothing is sampled (``options=None``).
+        """
+        return self._need_sampling("stats").stats()
+
+    @property
+    def learning_rate(self) -> float:
+        """Step size of the fused row updates."""
+        return self._need_sampling("learning_rate").learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._need_sampling("learning_rate").learning_rate = value
+
+    def optimizer_state_dict(self) -> dict[str, torch.Tensor]:
+        """Step counts and the fused optimizer's state, which the state dict does not have: a resumed run needs both."""
+        return self._need_sampling("optimizer_state_dict").state_dict()
+
+    def load_optimizer_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restores what `optimizer_state_dict` gave.
+
+        Raises:
+            ConfigError: if it does not fit this layer and its optimizer.
+        """
+        self._need_sampling("load_optimizer_state_dict").load_state_dict(state, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        parts = (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.bias is not None}"
+        )
+        return (
+            parts
+            if self.options is None
+            else f"{parts}, mode={self.options.mode}, index={self.options.index}"
+        )
+
+    def _weights_replaced(self) -> None:
+        if self._sampling is not None:
+            self._sampling.invalidate()
+
+    def _need_sampling(self, caller: str) -> Sampling:
+        if self._sampling is None:
+            raise ConfigError(f"LSHSoftmaxLoss.{caller} needs 'options': without, all classes are scored.")
+        return self._sampling
+
+
+def _after_loading(module: LSHSoftmaxLoss, _keys: object) -> None:
+    module._weights_replaced()
