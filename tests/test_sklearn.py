@@ -136,7 +136,7 @@ def test_stored_zeros_are_no_labels() -> None:
         ("pool_size", 4),
         ("index", "none"),
         ("random_state", 4),
-        ("settings", {"hidden_dropout": 0.5}),
+        ("settings", {**ONE_THREAD, "hidden_dropout": 0.5}),
     ],
 )
 def test_every_parameter_counts(name: str, value: Any) -> None:
