@@ -61,13 +61,13 @@ def lsh_softmax(
     """
     check_arguments(input, linear_weight, linear_bias, weight, reduction, label_smoothing)
     if sampling is not None:
-        labels = as_labels(input, target, linear_weight.shape[0], ignore_index)
         return sampling.loss(
             input,
             linear_weight,
             linear_bias,
-            labels,
+            target,
             class_weights=weight,
+            ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
@@ -101,11 +101,11 @@ def lsh_softmax(
 
 
 def label_mass(labels: CsrArrays, weight: torch.Tensor | None) -> torch.Tensor:
-    """What every stored label counts: the weight of its class over the number of its row's labels, float (P,)."""
+    """What every stored label counts: the weight of its class over the number of its row's labels, float64 (P,)."""
     mass_P = label_weights(labels)
     if weight is None:
         return mass_P
-    return mass_P.to(weight.dtype) * weight.detach().cpu()[torch.from_numpy(labels.indices).long()]
+    return mass_P * weight.detach().cpu()[torch.from_numpy(labels.indices).long()]
 
 
 def _pieces(hidden_ND: torch.Tensor, weight_CD: torch.Tensor) -> list[slice]:

@@ -25,6 +25,7 @@ from slidex.nn.functional import label_mass
 from slidex.nn.rehash import Rehasher
 from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
 from slidex.nn.selection import make_config_index, make_selector, settle_sampling
+from slidex.nn.targets import as_labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,14 +124,19 @@ class Sampling:
         input_: torch.Tensor,
         weight_CD: torch.Tensor,
         bias_C: torch.Tensor | None,
-        labels: CsrArrays,
+        target: Any,
         *,
         class_weights: torch.Tensor | None,
+        ignore_index: int | None,
         reduction: str,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """Loss on the active classes of this batch; see `slidex.nn.functional.lsh_softmax`."""
+        """Loss on the active classes of this batch, outside of any graph that torch.compile makes.
+
+        Arguments and errors are those of `slidex.nn.functional.lsh_softmax`.
+        """
         self._bind(weight_CD, bias_C)
+        labels = as_labels(input_, target, self.num_classes, ignore_index)
         hidden_ND = input_.reshape(-1, self.in_features).to(weight_CD.dtype)
         self._rehash(hidden_ND.detach(), labels)
         mass_P, mass = label_mass(labels, class_weights), None
@@ -330,6 +336,7 @@ class _SampledLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  (the decorator hides the names of the arguments)
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
         (upstream,) = grad_outputs
         nothing = (None,) * 8
@@ -342,6 +349,8 @@ class _SampledLoss(torch.autograd.Function):
         weight_CD, bias_C = ctx.layer
         with torch.autocast("cpu", enabled=False):
             hidden_grad_ND = sampling.scorer.hidden_grad(scored) if ctx.needs_input_grad[0] else None
+            if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+                return hidden_grad_ND, *nothing[1:]
             if sampling.fused:
                 if ctx.updated:
                     raise RuntimeError(
@@ -349,8 +358,6 @@ class _SampledLoss(torch.autograd.Function):
                     )
                 sampling.update(scored, weight_CD, bias_C)
                 ctx.updated = True
-                return hidden_grad_ND, *nothing[1:]
-            if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
                 return hidden_grad_ND, *nothing[1:]
             ids_U, grad_UD, grad_U = sampling.scorer.rows_grad(scored)
         sparse = sampling.options.sparse_grad
