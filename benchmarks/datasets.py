@@ -29,11 +29,16 @@ XMC = ("eurlex-4k", "npm-deps-2017", "deb-files-283k", "deb-files-3m")
 PYTHON = ("stdlib", "site-packages")
 
 
+class MissingDataError(click.UsageError):
+    """A data set's file is not where it is looked for."""
+
+
 def load(name: str, data: Path = SHARED) -> Dataset:
     """The prepared set `name`, one of `XMC` or `PYTHON`.
 
     Raises:
-        click.UsageError: if the name is unknown or the files are not there.
+        MissingDataError: if the files are not there.
+        click.UsageError: if the name is unknown.
     """
     out = CACHE / "sets" / name
     if not (out / "meta.json").exists():
@@ -41,7 +46,7 @@ def load(name: str, data: Path = SHARED) -> Dataset:
         if name in XMC:
             train, test = data / name / "train.txt.xz", data / name / "test.txt.xz"
             if not train.exists():
-                raise click.UsageError(f"{train}: no such file; give --data the directory that has {name}/.")
+                raise MissingDataError(f"{train}: no such file; give --data the directory that has {name}/.")
             prepare_xmc(train, out, test=test)
         elif name in PYTHON:
             source = standard_library_directory() if name == "stdlib" else Path(sysconfig.get_path("purelib"))

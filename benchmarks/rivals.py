@@ -51,22 +51,23 @@ def _target_rows(labels: CsrArrays) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(labels.row_ids()), torch.from_numpy(weights)
 
 
-class DenseSoftmax:
-    """Softmax over all classes with torch's fused Adam; nothing of size N x C or C x D is allocated in a step.
+class DenseHead:
+    """An output layer whose loss and gradients are those of a softmax over all classes; nothing large is allocated.
 
     Args:
-        model: Whose weights it starts from.
+        weight_CD: Rows that it starts from.
+        bias_C: Their bias.
         batch_size: N, at most.
         precision: ``bfloat16`` for the matrix products and the scores where the CPU has instructions for it, else
             ``float32``: what is faster.
     """
 
-    def __init__(self, model: Classifier, batch_size: int, precision: str) -> None:
-        self.encoder = _BagOfFeatures(model, sparse=False)
-        self.weight = nn.Parameter(model.head.weight.detach().clone())
-        self.bias = nn.Parameter(model.head.bias.detach().clone())
+    def __init__(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor, batch_size: int, precision: str
+    ) -> None:
+        self.weight = nn.Parameter(weight_CD.detach().clone())
+        self.bias = nn.Parameter(bias_C.detach().clone())
         self.weight.grad, self.bias.grad = torch.empty_like(self.weight), torch.empty_like(self.bias)
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), self.weight, self.bias], fused=True)
         self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         low = self.dtype != torch.float32
         self._product_weight = self.weight.detach().to(self.dtype) if low else self.weight.detach()
@@ -74,32 +75,68 @@ class DenseSoftmax:
         self._product_bias = self.bias.detach().to(self.dtype) if low else self.bias.detach()
         self._scores_NC = torch.empty((batch_size, len(self.weight)), dtype=self.dtype)
 
+    @torch.no_grad()
+    def loss_and_grad(
+        self, hidden_ND: torch.Tensor, rows: torch.Tensor, classes: torch.Tensor, mass: torch.Tensor
+    ) -> tuple[float, torch.Tensor]:
+        """Mean loss of a batch, and its gradient by `hidden_ND`; that of the layer is left in ``weight.grad``.
+
+        Args:
+            hidden_ND: float32 (N, D).
+            rows: int64 (P,), the row of every label.
+            classes: int64 (P,), its class.
+            mass: float32 (P,), its share of the row's target mass.
+        """
+        num_rows = len(hidden_ND)
+        factor_ND = hidden_ND.to(self.dtype)
+        scores_NC = self._scores_NC[:num_rows]
+        torch.addmm(self._product_bias, factor_ND, self._product_weight.T, out=scores_NC)
+        torch.softmax(scores_NC, 1, out=scores_NC)
+        true = scores_NC[rows, classes].float()
+        loss = -float((mass * true.log()).sum()) / num_rows
+        scores_NC[rows, classes] = (true - mass).to(self.dtype)  # now the scores' gradient, times N
+        torch.mm(scores_NC.T, factor_ND / num_rows, out=self._product_grad)
+        if self.weight.grad is not self._product_grad:
+            self.weight.grad.copy_(self._product_grad)
+        torch.sum(scores_NC, 0, dtype=torch.float32, out=self.bias.grad)
+        self.bias.grad /= num_rows
+        return loss, (scores_NC @ self._product_weight).float() / num_rows
+
+    @torch.no_grad()
+    def updated(self) -> None:
+        """Says that an optimiser has changed the parameters."""
+        if self.dtype != torch.float32:
+            self._product_weight.copy_(self.weight)
+            self._product_bias.copy_(self.bias)
+
+
+class DenseSoftmax:
+    """Softmax over all classes with torch's fused Adam; nothing of size N x C or C x D is allocated in a step.
+
+    Args:
+        model: Whose weights it starts from.
+        batch_size: N, at most.
+        precision: See `DenseHead`.
+    """
+
+    def __init__(self, model: Classifier, batch_size: int, precision: str) -> None:
+        self.encoder = _BagOfFeatures(model, sparse=False)
+        self.head = DenseHead(model.head.weight, model.head.bias, batch_size, precision)
+        self.weight, self.bias = self.head.weight, self.head.bias
+        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), self.weight, self.bias], fused=True)
+
     def step(self, x: CsrArrays, labels: CsrArrays, learning_rate: float) -> float:
         """One optimiser step on a batch; returns its mean loss."""
         hidden_ND = self.encoder(x)
         rows, mass = _target_rows(labels)
-        classes = torch.from_numpy(labels.indices).long()
-        with torch.no_grad():
-            factor_ND = hidden_ND.to(self.dtype)
-            scores_NC = self._scores_NC[: x.num_rows]
-            torch.addmm(self._product_bias, factor_ND, self._product_weight.T, out=scores_NC)
-            torch.softmax(scores_NC, 1, out=scores_NC)
-            true = scores_NC[rows, classes].float()
-            loss = -float((mass * true.log()).sum()) / x.num_rows
-            scores_NC[rows, classes] = (true - mass).to(self.dtype)  # now the scores' gradient, times N
-            torch.mm(scores_NC.T, factor_ND / x.num_rows, out=self._product_grad)
-            if self.weight.grad is not self._product_grad:
-                self.weight.grad.copy_(self._product_grad)
-            torch.sum(scores_NC, 0, dtype=torch.float32, out=self.bias.grad)
-            self.bias.grad /= x.num_rows
-            grad_ND = (scores_NC @ self._product_weight).float() / x.num_rows
+        loss, grad_ND = self.head.loss_and_grad(
+            hidden_ND, rows, torch.from_numpy(labels.indices).long(), mass
+        )
         hidden_ND.backward(grad_ND)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        if self.dtype != torch.float32:
-            self._product_weight.copy_(self.weight.detach())
-            self._product_bias.copy_(self.bias.detach())
+        self.head.updated()
         self.encoder.zero_grad(set_to_none=False)
         return loss
 

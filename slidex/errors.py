@@ -49,6 +49,12 @@ class InterruptedRunError(SlidexError):
     exit_code = 75
 
 
+class LostPeerError(SlidexError):
+    """Another process of a job on several processes has ended or stopped answering."""
+
+    exit_code = 69
+
+
 class MissingExtraError(SlidexError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

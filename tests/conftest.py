@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
 from slidex.data import CsrArrays, Dataset, DatasetWriter
+from slidex.threads import set_threads
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def checkerboard(rows: int, classes: int, seed: int, labels_per_row: int = 1) -> tuple[CsrArrays, CsrArrays]:
@@ -18,6 +24,14 @@ def checkerboard(rows: int, classes: int, seed: int, labels_per_row: int = 1) ->
         CsrArrays(np.arange(rows + 1) * x.shape[1], x.ravel().astype(np.int32), None, classes + 20),
         CsrArrays(np.arange(rows + 1) * labels_per_row, y.ravel().astype(np.int32), None, classes),
     )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny calls: waking a second thread for each takes longer than the work."""
+    set_threads(1)
+    yield
+    set_threads(None)
 
 
 @pytest.fixture(scope="session")

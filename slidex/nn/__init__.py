@@ -10,11 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slidex.nn import functional
+    from slidex.nn.clipping import clip_grad_norm_
     from slidex.nn.options import SamplingOptions
     from slidex.nn.sampling import Sampling, SamplingStats
     from slidex.nn.softmax_loss import LSHSoftmaxLoss, TopK
 
-__all__ = ["LSHSoftmaxLoss", "Sampling", "SamplingOptions", "SamplingStats", "TopK", "functional"]
+__all__ = [
+    "LSHSoftmaxLoss",
+    "Sampling",
+    "SamplingOptions",
+    "SamplingStats",
+    "TopK",
+    "clip_grad_norm_",
+    "functional",
+]
 
 _HOME = {
     "LSHSoftmaxLoss": "slidex.nn.softmax_loss",
@@ -22,6 +31,7 @@ _HOME = {
     "SamplingOptions": "slidex.nn.options",
     "SamplingStats": "slidex.nn.sampling",
     "TopK": "slidex.nn.softmax_loss",
+    "clip_grad_norm_": "slidex.nn.clipping",
 }
 
 

@@ -34,7 +34,7 @@ class Pool:
         offset_U: float (U,), log of the weight each class has in the softmax's denominator; None means all 0.
         target_indptr: int64 (N + 1,), rows of `target_positions`.
         target_positions: int64 (P_total,), position in `ids_U` of every true class of every row.
-        target_weights: float (P_total,), share of the row's target mass: 1 / (true classes of the row).
+        target_weights: float64 (P_total,), share of the row's target mass: 1 / (true classes of the row).
         retrieved: How many of `ids_U` came from the index.
         random: How many of `ids_U` are random classes.
     """
@@ -218,9 +218,9 @@ class CandidateSelector:
 
 
 def label_weights(labels: CsrArrays) -> torch.Tensor:
-    """Target mass of every stored label, 1 / (labels of its row): float32 (labels.nnz,)."""
+    """Target mass of every stored label, 1 / (labels of its row): float64 (labels.nnz,)."""
     counts = np.diff(labels.indptr)
-    return torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts)).float()
+    return torch.from_numpy(np.repeat(1.0 / np.maximum(counts, 1), counts))
 
 
 @numba.njit(cache=True, nogil=True)

@@ -59,15 +59,16 @@ def lsh_softmax(
         ConfigError: An argument has another shape or type or is out of its range; with `sampling`, if the layer is
             not in float32 or float64 on the CPU.
     """
-    check_arguments(input, linear_weight, linear_bias, weight, reduction, label_smoothing)
+    check_arguments(input, linear_weight, linear_bias, reduction, label_smoothing)
+    check_class_weights(weight, len(linear_weight) if sampling is None else sampling.total_classes)
     if sampling is not None:
-        labels = as_labels(input, target, linear_weight.shape[0], ignore_index)
         return sampling.loss(
             input,
             linear_weight,
             linear_bias,
-            labels,
+            target,
             class_weights=weight,
+            ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
@@ -101,11 +102,11 @@ def lsh_softmax(
 
 
 def label_mass(labels: CsrArrays, weight: torch.Tensor | None) -> torch.Tensor:
-    """What every stored label counts: the weight of its class over the number of its row's labels, float (P,)."""
+    """What every stored label counts: the weight of its class over the number of its row's labels, float64 (P,)."""
     mass_P = label_weights(labels)
     if weight is None:
         return mass_P
-    return mass_P.to(weight.dtype) * weight.detach().cpu()[torch.from_numpy(labels.indices).long()]
+    return mass_P * weight.detach().cpu()[torch.from_numpy(labels.indices).long()]
 
 
 def _pieces(hidden_ND: torch.Tensor, weight_CD: torch.Tensor) -> list[slice]:
@@ -169,7 +170,6 @@ def check_arguments(
     input_: torch.Tensor,
     weight_CD: torch.Tensor,
     bias_C: torch.Tensor | None,
-    class_weight_C: torch.Tensor | None,
     reduction: str,
     label_smoothing: float,
 ) -> None:
@@ -177,13 +177,21 @@ def check_arguments(
     num_classes, width = weight_CD.shape
     if input_.dim() < 1 or input_.shape[-1] != width or not input_.is_floating_point():
         _fail("input", f"floating of shape (..., {width})", f"{tuple(input_.shape)} of {input_.dtype}")
-    for name, tensor in (("linear_bias", bias_C), ("weight", class_weight_C)):
-        if tensor is not None and (tuple(tensor.shape) != (num_classes,) or not tensor.is_floating_point()):
-            _fail(name, f"floating of shape {(num_classes,)}", f"{tuple(tensor.shape)} of {tensor.dtype}")
+    _check_vector("linear_bias", bias_C, num_classes)
     if reduction not in REDUCTIONS:
         _fail("reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction))
     if not 0 <= label_smoothing <= 1:
         _fail("label_smoothing", "from 0 to 1", label_smoothing)
+
+
+def check_class_weights(class_weight_C: torch.Tensor | None, num_classes: int) -> None:
+    """Raises ConfigError, naming `lsh_softmax`'s argument `weight`, unless it has a number for each class."""
+    _check_vector("weight", class_weight_C, num_classes)
+
+
+def _check_vector(name: str, tensor: torch.Tensor | None, size: int) -> None:
+    if tensor is not None and (tuple(tensor.shape) != (size,) or not tensor.is_floating_point()):
+        _fail(name, f"floating of shape {(size,)}", f"{tuple(tensor.shape)} of {tensor.dtype}")
 
 
 def _fail(name: str, constraint: str, found: object) -> NoReturn:

@@ -1,10 +1,12 @@
 """What a sampled output layer keeps besides its weights: index, rehash schedule, step count, and the rows' optimiser.
 
-One object of it belongs to one layer. Its loss is one autograd node: forward chooses the classes and computes loss and
-scores' gradient with the kernels; backward makes the gradient of what came before the layer, and of the touched rows
-either gradients for the caller's optimiser or, fused, their optimiser step at once.
+One object of it belongs to one layer. Its loss is one autograd node, `slidex.nn.sampled_loss.SampledLoss`.
 
-Legend: N rows in a batch, C classes, D hidden width, U classes that were scored.
+Where the layer is sharded over processes, each of them scores the rows of all on its own classes. As in
+DistributedDataParallel, every process's loss is of its own rows, and gradients of rows of the layer are means over
+processes; so those of an encoder wrapped in it and those of the layer belong to one and the same loss.
+
+Legend: N rows in a batch, C classes of this process, D hidden width, U classes that were scored.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
+import torch.distributed as dist
 
 from slidex.errors import ConfigError, DivergedError
 from slidex.kernels import RowState, StepSettings
@@ -23,8 +25,10 @@ from slidex.lsh.index import QuerySample
 from slidex.nn.class_record import SEEN, ClassRecord
 from slidex.nn.functional import label_mass
 from slidex.nn.rehash import Rehasher
+from slidex.nn.sampled_loss import Batch, SampledLoss
 from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
-from slidex.nn.selection import make_config_index, make_selector, settle_sampling
+from slidex.nn.selection import SEEDS_APART, make_config_index, make_selector, settle_sampling
+from slidex.nn.targets import as_labels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex, IndexStats
     from slidex.nn.options import SamplingOptions
+    from slidex.nn.sharding import Shard
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -65,7 +70,8 @@ class Sampling:
     Args:
         options: Settings.
         in_features: D.
-        num_classes: C.
+        num_classes: Of the whole layer.
+        shard: Which of them are this process's; None means all.
 
     Attributes:
         learning_rate: Of the fused updates; set it before a backward pass, as a schedule wants.
@@ -74,17 +80,24 @@ class Sampling:
         ConfigError: if settings do not fit each other or the layer.
     """
 
-    def __init__(self, options: SamplingOptions, in_features: int, num_classes: int) -> None:
-        self.options = options
+    def __init__(
+        self, options: SamplingOptions, in_features: int, num_classes: int, shard: Shard | None = None
+    ) -> None:
+        self.options, self.shard, self.total_classes = options, shard, num_classes
         self.settings = settle_sampling(options)
+        own = slice(0, num_classes) if shard is None else slice(shard.begin, shard.end)
+        num_classes = own.stop - own.start
         counts = options.class_counts
-        counts = None if counts is None else np.asarray(counts, dtype=np.int64)
+        counts = None if counts is None else np.asarray(counts, dtype=np.int64)[own]
         if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
             raise ConfigError(
                 "The 'class_counts' setting must be given where 'correction' is logq. Got None instead."
             )
-        selector = make_selector(self.settings, in_features, num_classes, counts)
-        self.scorer = Scorer(self.settings.mode, precision=self.settings.precision, selector=selector)
+        part, parts = (0, 1) if shard is None else (shard.rank, shard.size)
+        selector = make_selector(self.settings, in_features, num_classes, counts, part=part, parts=parts)
+        self.scorer = Scorer(
+            self.settings.mode, precision=self.settings.precision, selector=selector, shard=shard
+        )
         self.in_features, self.num_classes = in_features, num_classes
         self.learning_rate = options.learning_rate
         self.step = self.updates = self.rehashes = 0
@@ -123,22 +136,39 @@ class Sampling:
         input_: torch.Tensor,
         weight_CD: torch.Tensor,
         bias_C: torch.Tensor | None,
-        labels: CsrArrays,
+        target: Any,
         *,
         class_weights: torch.Tensor | None,
+        ignore_index: int | None,
         reduction: str,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """Loss on the active classes of this batch; see `slidex.nn.functional.lsh_softmax`."""
+        """Loss on the active classes of this batch, outside of any graph that torch.compile makes.
+
+        Arguments and errors are those of `slidex.nn.functional.lsh_softmax`.
+        """
         self._bind(weight_CD, bias_C)
         hidden_ND = input_.reshape(-1, self.in_features).to(weight_CD.dtype)
-        self._rehash(hidden_ND.detach(), labels)
+        labels = as_labels(input_, target, self.total_classes, ignore_index)
         mass_P, mass = label_mass(labels, class_weights), None
-        if class_weights is not None or label_smoothing > 0:
-            mass = LabelMass(mass_P, label_smoothing, class_weights)
-        total = float(mass_P.double().sum())
+        total = float(mass_P.sum())
         scale = 1 / total if reduction == "mean" and total > 0 else 1.0
-        loss = _SampledLoss.apply(hidden_ND, weight_CD, bias_C, self, labels, scale, mass, reduction)
+        scored_ND, counts = hidden_ND.detach(), [len(hidden_ND)]
+        if self.shard is not None:
+            if self.step == 0:
+                self._check_rows_differ(self.shard, weight_CD.detach())
+            scored_ND, counts = self.shard.gather_rows(scored_ND)
+            labels = self.shard.gather_labels(labels)
+            mass_P = label_mass(labels, class_weights)
+            labels = self.shard.local(replace(labels, values=mass_P.numpy()))
+            mass_P = torch.from_numpy(labels.values)
+            if class_weights is not None:
+                class_weights = class_weights[self.shard.begin : self.shard.end]
+        if self.shard is not None or class_weights is not None or label_smoothing > 0:
+            mass = LabelMass(mass_P, label_smoothing, class_weights)
+        self._rehash(scored_ND, labels)
+        batch = Batch(scored_ND, labels, mass, scale, reduction, counts)
+        loss = SampledLoss.apply(hidden_ND, weight_CD, bias_C, self, batch)
         self.step += 1
         if reduction == "none":
             return loss.reshape(input_.shape[:-1])
@@ -168,7 +198,9 @@ class Sampling:
         if self._prediction is None or self._prediction[0] != now:
             index = self.index
             if not index.uses_queries:
-                index = make_config_index(self.settings, self.in_features, self.num_classes) or index
+                seed = self.settings.seed + (0 if self.shard is None else self.shard.rank * SEEDS_APART)
+                made = make_config_index(self.settings, self.in_features, self.num_classes, seed=seed)
+                index = made or index
             index.build(weight_CD.detach(), None if bias_C is None else bias_C.detach())
             self._prediction = now, index
         return self._prediction[1]
@@ -220,8 +252,15 @@ class Sampling:
         """The fused optimiser's step on the rows that were scored.
 
         Raises:
+            ConfigError: if other processes have copies of these rows, which would not get this update.
             DivergedError: if the loss or its gradient is not finite; nothing is written.
         """
+        if self.shard is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                f"The 'optimizer' setting must be None (got {self.settings.optimizer!r}) where "
+                f"{dist.get_world_size()} processes have copies of one head: each would update its own. Call "
+                "head.shard(group) instead, with a group of this process alone if the head is not shared."
+            )
         if not (torch.isfinite(scored.loss_N).all() and torch.isfinite(scored.grad).all()):
             raise DivergedError(
                 f"the loss of step {self.step:,}, or its gradient, is not finite; its update was not applied. "
@@ -269,6 +308,16 @@ class Sampling:
                 )
         self.rows = Rows(weight_CD.detach(), None if bias_C is None else bias_C.detach())
 
+    @staticmethod
+    def _check_rows_differ(shard: Shard, weight_CD: torch.Tensor) -> None:
+        """Raises ConfigError if processes hold the same rows, as where DistributedDataParallel has copied them."""
+        first_RD = shard.gather(weight_CD[0])
+        if shard.size > 1 and first_RD[0].any() and (first_RD[1:] == first_RD[0]).all(1).any():
+            raise ConfigError(
+                "The processes of a sharded head hold the same rows. DistributedDataParallel makes parameters equal: "
+                "let it wrap the rest of the model, not the head."
+            )
+
     def _rehash(self, hidden_ND: torch.Tensor, labels: CsrArrays) -> None:
         if self._rehasher is None or self.index is None:
             return
@@ -302,69 +351,3 @@ class Sampling:
         optimizer = self.settings.optimizer or "adam"
         bias_state = None if bias_C is None else RowState.zeros_like(bias_C, optimizer)
         return RowState.zeros_like(weight_CD, optimizer), bias_state
-
-
-class _SampledLoss(torch.autograd.Function):
-    """Loss of a batch on its active classes; reduced losses have the reduction's scale in their gradient already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_CD: torch.Tensor,
-        bias_C: torch.Tensor | None,
-        sampling: Sampling,
-        labels: CsrArrays,
-        scale: float,
-        mass: LabelMass | None,
-        reduction: str,
-    ) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):  # `precision` says how products are made
-            scored = sampling.scorer.score(
-                Rows(weight_CD, bias_C), hidden_ND.detach(), labels, sampling.step, row_scale=scale, mass=mass
-            )
-        sampling.note(scored, labels)
-        ctx.sampling, ctx.scored, ctx.layer, ctx.updated = sampling, scored, (weight_CD, bias_C), False
-        ctx.set_materialize_grads(False)
-        return scored.loss_N if reduction == "none" else scored.loss_N.sum() * scale
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
-        (upstream,) = grad_outputs
-        nothing = (None,) * 8
-        if upstream is None:
-            return nothing
-        sampling, scored = ctx.sampling, ctx.scored
-        if upstream.dim() or upstream != 1:
-            factor = upstream[:, None] if upstream.dim() else upstream
-            scored = replace(scored, grad=scored.grad * factor)
-        weight_CD, bias_C = ctx.layer
-        with torch.autocast("cpu", enabled=False):
-            hidden_grad_ND = sampling.scorer.hidden_grad(scored) if ctx.needs_input_grad[0] else None
-            if sampling.fused:
-                if ctx.updated:
-                    raise RuntimeError(
-                        "backward has updated the layer's rows already: run forward again first"
-                    )
-                sampling.update(scored, weight_CD, bias_C)
-                ctx.updated = True
-                return hidden_grad_ND, *nothing[1:]
-            if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-                return hidden_grad_ND, *nothing[1:]
-            ids_U, grad_UD, grad_U = sampling.scorer.rows_grad(scored)
-        sparse = sampling.options.sparse_grad
-        weight_grad = _row_gradient(ids_U, grad_UD, weight_CD, sparse) if ctx.needs_input_grad[1] else None
-        bias_grad = _row_gradient(ids_U, grad_U, bias_C, sparse) if ctx.needs_input_grad[2] else None
-        return hidden_grad_ND, weight_grad, bias_grad, *nothing[3:]
-
-
-def _row_gradient(
-    ids_U: torch.Tensor, grad: torch.Tensor, parameter: torch.Tensor, sparse: bool
-) -> torch.Tensor:
-    """The gradient of a parameter of which only the rows `ids_U`, ascending, have one."""
-    if sparse:
-        return torch.sparse_coo_tensor(
-            ids_U[None], grad, parameter.shape, is_coalesced=True, check_invariants=False
-        )
-    return torch.zeros_like(parameter).index_copy_(0, ids_U, grad)

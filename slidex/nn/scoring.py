@@ -5,6 +5,9 @@ then what is made of that gradient: `hidden_grad` for whatever comes before the 
 (an optimiser step at once) or `rows_grad` (for another optimiser). So a non-finite loss stops before anything is
 written.
 
+Where the layer is sharded over processes (`slidex.nn.sharding`), N are the rows of all of them, and C, A, U and P of
+the classes of one.
+
 Legend: N rows in a batch, C classes, D hidden width, A active classes per row, U classes in a shared pool, P labels in
 all.
 """
@@ -21,11 +24,13 @@ import torch
 from slidex.errors import ConfigError
 from slidex.kernels import cpu as kernels
 from slidex.nn.candidates import label_weights
+from slidex.nn.sharding import Targets, sharded_softmax_loss
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
     from slidex.kernels import RowState, StepSettings
     from slidex.nn.candidates import ActiveSets, CandidateSelector
+    from slidex.nn.sharding import Shard
 
 MODES = ("exact", "shared", "per_sample")
 LOSSES = ("softmax", "logistic")
@@ -93,6 +98,8 @@ class Scorer:
             (one-vs-all on the active classes).
         precision: Of the matrix products in ``exact`` and ``shared`` mode; weights stay as they are.
         selector: Chooses the active classes; None if and only if `mode` is ``exact``.
+        shard: Which classes of a larger layer these are; None where they are all. The losses of all processes' classes
+            are added up, gradients are of this process's.
 
     Raises:
         ConfigError: if a setting is none of the values above, or a sampled mode has no selector.
@@ -105,6 +112,7 @@ class Scorer:
         loss: str = "softmax",
         precision: str = "float32",
         selector: CandidateSelector | None = None,
+        shard: Shard | None = None,
     ) -> None:
         for name, value, allowed in (
             ("mode", mode, MODES),
@@ -118,6 +126,7 @@ class Scorer:
         if mode != "exact" and selector is None:
             raise ConfigError(f"The 'selector' parameter of Scorer must be given when mode is {mode!r}.")
         self.mode, self.loss, self.precision, self.selector = mode, loss, precision, selector
+        self.shard = shard
 
     def score(
         self,
@@ -134,10 +143,11 @@ class Scorer:
         Args:
             rows: The layer.
             hidden_ND: float32 or float64 (N, D), detached.
-            labels: True classes of the N rows.
+            labels: True classes of the N rows; with a shard, those of this process (`Shard.local`).
             step: Keys all randomness, so that a step can be repeated.
             row_scale: What each row's loss counts in the gradient, such as 1 / N for their mean; above 0.
-            mass: Of the labels, in a softmax; None spreads a row's 1 evenly over its true classes.
+            mass: Of the labels, in a softmax; None spreads a row's 1 evenly over its true classes. With a shard that
+                would be those of this process: give the mass of the labels as they are over all.
         """
         started = time.perf_counter()
         if self.mode == "per_sample" and self.selector is not None:
@@ -167,21 +177,28 @@ class Scorer:
             loss_N = kernels.shared_logistic_loss(
                 logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U * row_scale
             )
+            loss_N = self._over_processes(loss_N)
         elif mass is None or mass.smoothing == 0:
             added_U = bias_U if offset_U is None else bias_U + offset_U
-            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights * row_scale, added_U)
+            if self.shard is None:
+                loss_N = kernels.shared_softmax_loss(
+                    logits_NU, indptr, positions, weights * row_scale, added_U
+                )
+            else:
+                targets = Targets(_rows_of(indptr), positions, weights * row_scale)
+                loss_N = sharded_softmax_loss(logits_NU.add_(added_U), targets, self.shard)
         else:
             offset_U = torch.zeros_like(bias_U) if offset_U is None else offset_U
             target_NU = torch.zeros_like(logits_NU)
             target_NU[_rows_of(indptr), positions] = weights
             loss_N, logits_NU = _smoothed_softmax(
-                logits_NU.add_(bias_U), target_NU, ids_U[None], offset_U[None], mass, row_scale
+                logits_NU.add_(bias_U), target_NU, ids_U[None], offset_U[None], mass, row_scale, self.shard
             )
         loss_N /= row_scale
         return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, logits_NU, rows_UD)
 
     def hidden_grad(self, scored: Scored) -> torch.Tensor:
-        """Gradient of the hidden vectors, (N, D)."""
+        """Gradient of the hidden vectors, (N, D); with a shard, this process's part of the sum."""
         if self.mode == "per_sample":
             return kernels.pair_hidden_grad(scored.grad, scored.rows_UD, scored.ids)
         return self._matmul(scored.grad, scored.rows_UD)
@@ -244,6 +261,7 @@ class Scorer:
             loss_N, grad_NA = kernels.logistic_loss(
                 logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA * row_scale
             )
+            loss_N = self._over_processes(loss_N)
         else:
             target_NA, offset_NA = sets.target_NA, sets.offset_NA
             if mass is not None:  # a row's labels have its first slots, in their order
@@ -251,20 +269,33 @@ class Scorer:
                 row = _rows_of(indptr)
                 target_NA[row, torch.arange(len(row)) - indptr[row]] = mass.weights.to(target_NA.dtype)
             if mass is None or mass.smoothing == 0:
-                loss_N, grad_NA = kernels.softmax_loss(logits_NA, target_NA * row_scale, offset_NA)
+                loss_N, grad_NA = _softmax(logits_NA, target_NA * row_scale, offset_NA, self.shard)
             else:
                 offset_NA = torch.zeros_like(logits_NA) if offset_NA is None else offset_NA
                 loss_N, grad_NA = _smoothed_softmax(
-                    logits_NA, target_NA, sets.active_NA, offset_NA, mass, row_scale
+                    logits_NA, target_NA, sets.active_NA, offset_NA, mass, row_scale, self.shard
                 )
         loss_N /= row_scale
         active = sets.count / max(1, len(hidden_ND))
         return Scored(loss_N, active, sets.active_NA, query_seconds, hidden_ND, grad_NA, rows.weight.detach())
 
+    def _over_processes(self, loss_N: torch.Tensor) -> torch.Tensor:
+        return loss_N if self.shard is None else self.shard.reduce(loss_N)
+
     def _matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         if self.precision == "float32":
             return a @ b
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+
+
+def _softmax(
+    logits_NA: torch.Tensor, target_NA: torch.Tensor, offset_NA: torch.Tensor | None, shard: Shard | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and gradient over the active slots, of all processes where there is a shard."""
+    if shard is None:
+        return kernels.softmax_loss(logits_NA, target_NA, offset_NA)
+    scores_NA = logits_NA if offset_NA is None else logits_NA + offset_NA
+    return sharded_softmax_loss(scores_NA, target_NA, shard), scores_NA
 
 
 def _smoothed_softmax(
@@ -274,6 +305,7 @@ def _smoothed_softmax(
     offset: torch.Tensor,
     mass: LabelMass,
     row_scale: float,
+    shard: Shard | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of a softmax whose labels give a share of their mass to all classes alike.
 
@@ -287,16 +319,25 @@ def _smoothed_softmax(
         offset: float (N, A) or (1, A), log weights.
         mass: Says how much is spread, and among whom.
         row_scale: As in `Scorer.score`.
+        shard: As in `Scorer`.
     """
     spread = offset.exp() * (ids >= 0)
-    spread *= mass.smoothing / spread.sum(1, keepdim=True)
+    total_N1, labelled_N1 = spread.sum(1, keepdim=True), (target_NA != 0).any(1, keepdim=True)
+    if shard is not None:
+        sums_N2 = torch.cat([total_N1.expand_as(labelled_N1), labelled_N1], 1)
+        total_N1, labelled_N1 = shard.reduce(sums_N2).split(1, 1)
+        labelled_N1 = labelled_N1 > 0
+        spread = spread.expand_as(logits_NA) * mass.smoothing / total_N1
+    else:
+        spread *= mass.smoothing / total_N1
     if mass.class_weights is not None:
         spread *= mass.class_weights.to(spread.dtype)[ids.clamp(min=0)]
-    labelled_N1 = (target_NA != 0).any(1, keepdim=True)
     target_NA.mul_(1 - mass.smoothing).add_(torch.where(labelled_N1, spread, 0))
     # The kernel adds the offset to every score, in the part that is spread too; there it is a constant to be taken off.
     constant_N = (spread * offset).sum(1) * labelled_N1[:, 0]
-    loss_N, grad_NA = kernels.softmax_loss(logits_NA, target_NA * row_scale, offset.expand_as(logits_NA))
+    if shard is not None:
+        shard.reduce(constant_N)
+    loss_N, grad_NA = _softmax(logits_NA, target_NA * row_scale, offset.expand_as(logits_NA), shard)
     return loss_N + constant_N * row_scale, grad_NA
 
 

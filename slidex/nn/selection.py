@@ -30,6 +30,8 @@ SHARED_TABLES = 8
 """Hash tables in training where the whole batch votes, unless `index_options` say otherwise (docs/performance.md)."""
 DRIFT_ROWS = 2048
 """Rows on which the drift schedule measures how many codes have changed."""
+SEEDS_APART = 1 << 20
+"""From the seed of one part of a sharded layer to the next."""
 BATCH_SHARE = 0.25
 """`SamplingSettings.batch_share` where rows have sets of their own and nothing is corrected."""
 
@@ -68,17 +70,16 @@ def settle_sampling(settings: _Settings) -> _Settings:
 
 
 def make_config_index(
-    settings: SamplingSettings, in_features: int, num_classes: int
+    settings: SamplingSettings, in_features: int, num_classes: int, *, seed: int | None = None
 ) -> CandidateIndex | None:
-    """The index that the settings ask for, not built yet; None for ``none``.
+    """The index that the settings ask for, not built yet; None for ``none``. A `seed` takes the place of theirs.
 
     Raises:
         ConfigError: for an unknown name, or options that the index does not have or take.
     """
     if settings.index != "none":
-        return make_index(
-            settings.index, in_features, num_classes, seed=settings.seed + 2, **settings.index_options
-        )
+        seed = settings.seed if seed is None else seed
+        return make_index(settings.index, in_features, num_classes, seed=seed + 2, **settings.index_options)
     if settings.index_options:
         raise ConfigError(
             "The 'index_options' setting must be empty where 'index' is none. "
@@ -88,7 +89,13 @@ def make_config_index(
 
 
 def make_selector(
-    settings: SamplingSettings, in_features: int, num_classes: int, class_counts: np.ndarray | None
+    settings: SamplingSettings,
+    in_features: int,
+    num_classes: int,
+    class_counts: np.ndarray | None,
+    *,
+    part: int = 0,
+    parts: int = 1,
 ) -> CandidateSelector | None:
     """What chooses the active classes of a batch, with an index that is not built yet; None in ``exact`` mode.
 
@@ -97,26 +104,37 @@ def make_selector(
         in_features: D.
         num_classes: C.
         class_counts: int64 (C,), training frequency of every class; None where no setting needs it.
+        part: Which part of a sharded layer the C classes are: it has its own share of the negatives, and other random
+            numbers than the others.
+        parts: How many parts there are.
 
     Raises:
         ConfigError: as `make_config_index`, or if nothing but true classes would be active.
     """
     if settings.mode == "exact":
         return None
-    index = make_config_index(_for_training(settings), in_features, num_classes)
-    negatives = settings.pool_size if settings.mode == "shared" else settings.active_size
+    name = "pool_size" if settings.mode == "shared" else "active_size"
+    negatives = getattr(settings, name)
+    if negatives < parts:
+        raise ConfigError(
+            f"The {name!r} setting must be at least {parts}, one negative class for each part of the layer. "
+            f"Got {negatives} instead."
+        )
+    seed = settings.seed + part * SEEDS_APART
+    index = make_config_index(_for_training(settings), in_features, num_classes, seed=seed)
+    negatives = len(range(part, negatives, parts))
     batch = round(negatives * (settings.batch_share or 0.0))
     random = negatives - batch if index is None else round(negatives * settings.random_share)
     return CandidateSelector(
         num_classes,
         index=index,
-        sampler=ClassSampler(num_classes, class_counts, settings.random_power, seed=settings.seed + 3),
+        sampler=ClassSampler(num_classes, class_counts, settings.random_power, seed=seed + 3),
         retrieved=max(0, negatives - random - batch),
         random=random,
         batch=batch,
         correction=settings.correction,
         class_counts=class_counts,
-        seed=settings.seed + 4,
+        seed=seed + 4,
     )
 
 

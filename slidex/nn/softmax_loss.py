@@ -9,18 +9,22 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from slidex.errors import ConfigError
 from slidex.kernels import cpu as kernels
 from slidex.lsh import exact_topk
-from slidex.nn.functional import check_arguments, lsh_softmax
+from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
+from slidex.nn.options import SamplingOptions
 from slidex.nn.sampling import Sampling
+from slidex.nn.sharding import Shard
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from slidex.nn.options import SamplingOptions
+    from torch.distributed.device_mesh import DeviceMesh
+
     from slidex.nn.sampling import SamplingStats
 
 PREDICT_CANDIDATES = 1024
@@ -100,8 +104,11 @@ class LSHSoftmaxLoss(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.register_buffer("class_weight", weight, persistent=False)
-        check_arguments(self.weight[:0], self.weight, self.bias, weight, reduction, label_smoothing)
+        check_arguments(self.weight[:0], self.weight, self.bias, reduction, label_smoothing)
+        check_class_weights(weight, num_classes)
         self._sampling = None if options is None else Sampling(options, in_features, num_classes)
+        self._exact: Sampling | None = None  # what scores all classes where they are sharded
+        self._shard: Shard | None = None
         self.register_load_state_dict_post_hook(_after_loading)
         self.reset_parameters()
 
@@ -178,8 +185,68 @@ class LSHSoftmaxLoss(nn.Module):
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
-            sampling=self._sampling if self.training else None,
+            sampling=self._sampling if self.training and self._sampling is not None else self._exact,
         )
+
+    @torch.no_grad()
+    def shard(self, group: dist.ProcessGroup | DeviceMesh | None = None) -> LSHSoftmaxLoss:
+        """Keeps this process's part of the classes, with their optimizer state and an index of their own.
+
+        The parts are contiguous and differ by at most one class. From then on `forward`, `backward` and `topk` are
+        collective: every process of the group calls them with rows of its own, of any number, and gets what belongs to
+        these. Gradients of the layer are means over processes, as DistributedDataParallel's are of what it wraps; it
+        must not wrap the head. The state dict has this process's rows; `full_state_dict` has all.
+
+        Args:
+            group: A process group, a device mesh of one dimension, or None for all processes. All its processes have
+                the same weights, or have them on the device ``meta``: then each draws its own rows anew.
+
+        Returns:
+            The head itself.
+
+        Raises:
+            ConfigError: if the head is sharded already or has been trained, or there are fewer classes than processes.
+        """
+        if self._shard is not None or (self._sampling is not None and self._sampling.step > 0):
+            raise ConfigError("LSHSoftmaxLoss.shard must be called once, before the first training step.")
+        if not isinstance(group, dist.ProcessGroup | None):
+            group = group.get_group()
+        shard = Shard.of(self.num_classes, group)
+        if shard.size > self.num_classes:
+            raise ConfigError(
+                f"The 'group' parameter of shard must have no more processes than classes ({self.num_classes}). "
+                f"Got {shard.size} instead."
+            )
+        own, drawn = slice(shard.begin, shard.end), self.weight.device.type == "meta"
+        for name, whole in tuple(self._parameters.items()):
+            if whole is not None:
+                part = torch.empty_like(whole[own], device="cpu") if drawn else whole.detach()[own].clone()
+                self.register_parameter(name, nn.Parameter(part, requires_grad=whole.requires_grad))
+        self._shard = shard
+        if self.options is not None:
+            self._sampling = Sampling(self.options, self.in_features, self.num_classes, shard)
+        everything = SamplingOptions(mode="exact", precision="float32", sparse_grad=False)
+        self._exact = Sampling(everything, self.in_features, self.num_classes, shard)
+        if drawn:
+            self.reset_parameters()
+        return self
+
+    @torch.no_grad()
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """Weights and biases of all classes, in every process: collective where the head is sharded, else copies."""
+        if self._shard is None:
+            return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        return {name: self._shard.gather_rows(tensor)[0] for name, tensor in self.state_dict().items()}
+
+    def load_full_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restores what `full_state_dict` gave, on any number of processes: each takes its own rows."""
+        own = slice(0, None) if self._shard is None else slice(self._shard.begin, self._shard.end)
+        for name, tensor in state.items():
+            if len(tensor) != self.num_classes:
+                raise ConfigError(
+                    f"The 'state' parameter must have {self.num_classes} rows of {name!r}. Got {len(tensor)} instead."
+                )
+        self.load_state_dict({name: tensor[own] for name, tensor in state.items()})
 
     @torch.no_grad()
     def topk(
@@ -207,8 +274,10 @@ class LSHSoftmaxLoss(nn.Module):
                 raise ConfigError(
                     f"The {name!r} parameter of topk must be an integer of at least 1. Got {value!r} instead."
                 )
-        check_arguments(input, self.weight, self.bias, None, self.reduction, self.label_smoothing)
-        hidden_ND = input.reshape(-1, self.in_features).to(self.weight.dtype)
+        check_arguments(input, self.weight, self.bias, self.reduction, self.label_smoothing)
+        hidden_ND, counts = input.reshape(-1, self.in_features).to(self.weight.dtype), None
+        if self._shard is not None:
+            hidden_ND, counts = self._shard.gather_rows(hidden_ND)
         if not indexed:
             scores_NK, ids_NK = exact_topk(hidden_ND, self.weight, self.bias, k)
         elif self._sampling is None:
@@ -221,6 +290,9 @@ class LSHSoftmaxLoss(nn.Module):
             logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, active_NA)
             scores_NK, slots_NK = logits_NA.topk(k)
             ids_NK = active_NA.gather(1, slots_NK)
+        if self._shard is not None and counts is not None:
+            scores_NK, ids_NK = self._shard.merge_topk(scores_NK, ids_NK)
+            scores_NK, ids_NK = (self._shard.take_own(x, counts) for x in (scores_NK, ids_NK))
         shape = *input.shape[:-1], k
         return TopK(ids_NK.reshape(shape), scores_NK.reshape(shape))
 

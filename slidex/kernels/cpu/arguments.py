@@ -108,7 +108,7 @@ class Arguments:
             self._fail(name, "of dtype torch.int64 or torch.int32", tensor.dtype)
         view = self._view(name, tensor, shape)
         least, most = _extremes(view.reshape(-1), low)
-        if least < low or most >= high:
+        if view.size and (least < low or most >= high):
             self._fail(name, f"made of ids in [{low}, {high})", int(least if least < low else most))
         return view
 
