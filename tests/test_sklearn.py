@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXPECTED_FAILURES: dict[str, str] = {}
-"""Checks of scikit-learn's that may fail, with the reason: none."""
+"""Checks of scikit-learn's that may fail, with the reason: none. Those that skip themselves need pandas,
+``SCIPY_ARRAY_API``, or a ``predict_proba``, which an estimator of sampled losses should not have."""
 ONE_THREAD = {"threads": 1}
 F, C = 60, 40
 
