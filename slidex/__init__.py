@@ -12,6 +12,7 @@ from slidex import errors
 
 if TYPE_CHECKING:
     from slidex.data import Dataset
+    from slidex.sklearn import SlidexClassifier
     from slidex.train.config import TrainConfig
     from slidex.train.evaluate import evaluate
     from slidex.train.loop import fit
@@ -19,11 +20,22 @@ if TYPE_CHECKING:
     from slidex.train.run import Run
 
 __version__ = "0.1.0"
-__all__ = ["Dataset", "Run", "TrainConfig", "__version__", "errors", "evaluate", "fit", "predict"]
+__all__ = [
+    "Dataset",
+    "Run",
+    "SlidexClassifier",
+    "TrainConfig",
+    "__version__",
+    "errors",
+    "evaluate",
+    "fit",
+    "predict",
+]
 
 _HOME = {
     "Dataset": "slidex.data",
     "Run": "slidex.train.run",
+    "SlidexClassifier": "slidex.sklearn",
     "TrainConfig": "slidex.train.config",
     "evaluate": "slidex.train.evaluate",
     "fit": "slidex.train.loop",
