@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from benchmarks import cost, kernels, language_model, prepare, scaling, steps, versus_dense
+from benchmarks import cost, heads, kernels, language_model, prepare, scaling, steps, versus_dense
 from benchmarks.datasets import SHARED, MissingDataError
 from benchmarks.report import HEADINGS, in_child, machine, markdown, write_results
 from slidex.threads import set_threads
@@ -22,7 +22,7 @@ from slidex.threads import set_threads
 if TYPE_CHECKING:
     from benchmarks.report import Comparison
 
-PARTS = ("steps", "scaling", "cost", "accuracy", "language", "kernels", "prepare")
+PARTS = ("steps", "scaling", "cost", "accuracy", "heads", "language", "kernels", "prepare")
 QUICK_PARTS = tuple(part for part in PARTS if part != "language")
 
 
@@ -41,6 +41,8 @@ def jobs(part: str, data: Path, *, quick: bool) -> list[tuple[Any, ...]]:
         if quick:
             races = [replace(race, repeats=1) for race in races if race.quick]
         return [(versus_dense.run_race, race, data) for race in races]
+    if part == "heads":
+        return [(heads.run_case, case) for case in heads.CASES if case.quick or not quick]
     if part == "language":
         return [(language_model.compare, data, language_model.SHORTEST if quick else language_model.SHORT)]
     return [(kernels.compare,) if part == "kernels" else (prepare.compare, 20.0 if quick else 60.0)]

@@ -108,6 +108,10 @@ class RowState(NamedTuple):
         """Whether `moment2` is a sum over steps (Adagrad) rather than a running mean (Adam)."""
         return len(self.moment1) < len(self.moment2)
 
+    def to(self, dtype: torch.dtype) -> RowState:
+        """A copy of it in another dtype."""
+        return RowState(self.moment1.to(dtype), self.moment2.to(dtype))
+
     @staticmethod
     def zeros_like(parameter: torch.Tensor, optimizer: str = "adam") -> RowState:
         """State of a parameter, (R, D) or (R,), that no step has touched.

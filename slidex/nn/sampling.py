@@ -268,6 +268,9 @@ class Sampling:
             )
         if self.states is None:
             self.states = self._fresh_states(weight_CD, bias_C)
+        if self.states[0].moment2.dtype != weight_CD.dtype:  # the layer was cast
+            of_weight, of_bias = self.states
+            self.states = of_weight.to(weight_CD.dtype), of_bias and of_bias.to(weight_CD.dtype)
         options = self.options
         settings = StepSettings(
             learning_rate=self.learning_rate,

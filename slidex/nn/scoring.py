@@ -241,7 +241,8 @@ class Scorer:
             )
             return ids_U, torch.sparse.mm(grad, hidden_ND), torch.sparse.sum(grad, 1).to_dense()
         ids_U, order = ids.sort()
-        grad = grad[:, order]
+        if self.selector is not None:  # else they are all classes, in order
+            grad = grad[:, order]
         return ids_U, self._matmul(grad.T, hidden_ND), grad.sum(0)
 
     def _score_pairs(

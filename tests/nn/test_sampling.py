@@ -309,6 +309,18 @@ def test_a_resumed_head_takes_the_steps_of_an_unbroken_one():
     assert torch.equal(second.bias, whole.bias)
 
 
+def test_a_head_that_is_cast_keeps_its_optimizer():
+    head, other = make_head(optimizer="adam", index="none"), make_head(optimizer="adam", index="none")
+    train(head, 2)
+    train(other, 2)
+    head.double()
+    hidden_ND, target_N = batch(2)
+    head(hidden_ND.double(), target_N).backward()
+    other(hidden_ND, target_N).backward()
+    assert head.optimizer_state_dict()["weight.moment2"].dtype == torch.float64
+    torch.testing.assert_close(head.weight.float(), other.weight)
+
+
 def test_a_state_that_does_not_fit_is_refused():
     head = make_head(optimizer="adam")
     train(head, 1)
