@@ -62,7 +62,11 @@ def lsh_softmax(
     check_arguments(input, linear_weight, linear_bias, reduction, label_smoothing)
     check_class_weights(weight, len(linear_weight) if sampling is None else sampling.total_classes)
     if sampling is not None:
-        return sampling.loss(
+        loss = type(sampling).loss
+        if torch.compiler.is_compiling():
+            from slidex.nn.uncompiled import sampled_loss as loss  # noqa: PLC0415  (it needs torch's compiler)
+        return loss(
+            sampling,
             input,
             linear_weight,
             linear_bias,

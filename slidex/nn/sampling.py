@@ -130,7 +130,6 @@ class Sampling:
         """Whether backward updates the rows itself."""
         return self.settings.optimizer is not None
 
-    @torch.compiler.disable
     def loss(
         self,
         input_: torch.Tensor,
@@ -143,7 +142,7 @@ class Sampling:
         reduction: str,
         label_smoothing: float,
     ) -> torch.Tensor:
-        """Loss on the active classes of this batch, outside of any graph that torch.compile makes.
+        """Loss on the active classes of this batch.
 
         Arguments and errors are those of `slidex.nn.functional.lsh_softmax`.
         """
