@@ -89,20 +89,29 @@ class Rehasher:
         """
         if step > 0 and not self._schedule.due(step, self._drift):
             return None
-        index, weight_CD, bias_C = self._index, self._head.weight, self._head.bias
+        index = self._index
         touched = self._record.ids(TOUCHED)
         few = len(touched) <= UPDATE_SHARE * index.num_classes
         fitted_lately = self._updated_rows + len(touched) <= index.num_classes
         updated = step > 0 and not index.uses_queries and few and fitted_lately
         if updated:
-            index.update(weight_CD, bias_C, torch.from_numpy(touched))
+            index.update(self._head.weight, self._head.bias, torch.from_numpy(touched))
             self._updated_rows += len(touched)
+            self._brought_up_to_date(step)
         else:
-            index.build(weight_CD, bias_C, queries=self._sample_queries(step) if index.uses_queries else None)
-            self._updated_rows = 0
+            self.build(step)
+        return Rehash(updated, len(touched) if updated else index.num_classes)
+
+    def build(self, step: int) -> None:
+        """Builds the index after `step` steps, whatever the schedule says."""
+        queries = self._sample_queries(step) if self._index.uses_queries else None
+        self._index.build(self._head.weight, self._head.bias, queries=queries)
+        self._updated_rows = 0
+        self._brought_up_to_date(step)
+
+    def _brought_up_to_date(self, step: int) -> None:
         self._record.clear(TOUCHED)
         self._schedule.rehashed(step)
-        return Rehash(updated, len(touched) if updated else index.num_classes)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""

@@ -1,0 +1,77 @@
+"""One process of tests/train/test_distributed.py: ``distributed_worker.py RANK SIZE FILE DATA JOBS``.
+
+JOBS is JSON: a list of [directory, settings, resume]. After each, what all processes keep must have the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import slidex
+from slidex.errors import SlidexError
+from slidex.nn.sharding import Peers
+from slidex.train import loop
+from slidex.train.distributed import Ranks
+
+
+class KeptTrainer(loop.Trainer):
+    """The last one made can be looked at; gets a signal in one process after a step, if asked to."""
+
+    last: KeptTrainer
+    signal_after: int | None = None
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        KeptTrainer.last = self
+
+    def train_step(self, *batch: Any) -> None:
+        super().train_step(*batch)
+        if self.step == KeptTrainer.signal_after and self.ranks.rank == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def replicas_are_equal(peers: Peers) -> None:
+    trainer = KeptTrainer.last
+    kept = [*trainer.model.encoder.state_dict().values(), *trainer.model.encoder.bag_state]
+    kept += [value for state in trainer.dense_optimizer.state.values() for value in state.values()]
+    assert len(kept) > 6
+    for tensor in kept:
+        assert all(torch.equal(tensor, other) for other in peers.gather(tensor))
+
+
+def main(rank: int, size: int, file: str, data: str, jobs: str) -> None:
+    warnings.simplefilter("error")
+    loop.Trainer = KeptTrainer
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
+    dataset = slidex.Dataset.open(data)
+    for out, settings, resume in json.loads(jobs):
+        KeptTrainer.signal_after = settings.pop("signal_after", None)
+        config = slidex.TrainConfig.from_mapping(settings)
+        events: list[str] = []
+        raised = None
+        try:
+            slidex.fit(
+                dataset, out, config, resume=resume, notify=lambda kind, _: events.append(kind), processes=Ranks()
+            )
+        except SlidexError as error:
+            raised = f"{type(error).__name__}: {error}"
+        assert bool(events) == (rank == 0) or raised
+        print(json.dumps({"out": out, "raised": raised}), flush=True)
+        replicas_are_equal(Peers.of_group())
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
