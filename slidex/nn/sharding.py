@@ -122,9 +122,10 @@ class Peers:
         try:
             yield
         except RuntimeError as error:
+            cause = str(error).strip().splitlines()[0].split(". This is typically")[0]  # gloo's advice
             raise LostPeerError(
                 f"process {self.rank} of {self.size} lost its connection to the others: one of them has ended or "
-                f"stopped answering ({str(error).strip().splitlines()[0]})."
+                f"stopped answering ({cause})."
             ) from error
 
 
