@@ -29,13 +29,26 @@ class KeptTrainer(loop.Trainer):
 
     last: KeptTrainer
     signal_after: int | None = None
+    measured = 0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         KeptTrainer.last = self
 
     def train_step(self, *batch: Any) -> None:
+        before, sizes = (Peers.reduce, Peers.gather), []
+        Peers.reduce = lambda peers, x, op="sum": sizes.append(x.nbytes) or before[0](peers, x, op)
+        Peers.gather = lambda peers, x: sizes.append(x.nbytes * peers.size) or before[1](peers, x)
         super().train_step(*batch)
+        Peers.reduce, Peers.gather = before
+        rows, config, encoder = batch[0].num_rows, self.config, self.model.encoder
+        if rows % self.ranks.size == 0:  # docs/training.md has the table
+            weights = sum(parameter.numel() for parameter in encoder.dense.parameters())
+            scores = 4 * rows if config.loss == "softmax" else rows
+            assert sum(sizes) == 4 * (
+                2 * rows * encoder.out_features + scores + rows * config.hidden_width + weights
+            )
+            KeptTrainer.measured += 1
         if self.step == KeptTrainer.signal_after and self.ranks.rank == 1:
             signal.raise_signal(signal.SIGTERM)
 
@@ -77,6 +90,7 @@ def main(rank: int, size: int, file: str, data: str, jobs: str) -> None:
         assert not told.events or rank == 0
         if KeptTrainer.last.step:
             replicas_are_equal(Peers.of_group())
+    assert KeptTrainer.measured > 0
     dist.destroy_process_group()
 
 

@@ -81,7 +81,8 @@ def runs(easy_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     slidex.fit(easy_data, folder / "one", TrainConfig.from_mapping(EXACT))
     start_from(folder, "one-two", "one")
     start_from(folder, "one-three", "one")
-    jobs = [("two", EXACT, False), ("one-two", EXACT, True)]
+    even = EXACT | {"batch_size": 6, "max_steps": 1}
+    jobs = [("two", EXACT, False), ("one-two", EXACT, True), ("even", even, False)]
     for name, settings in (("shared", SHARED), ("per_sample", PER_SAMPLE), ("learned", LEARNED)):
         jobs += [(name, settings, False), (f"{name}-parts", settings | {"signal_after": 4}, False)]
         jobs += [(f"{name}-parts", settings, True)]
@@ -91,7 +92,12 @@ def runs(easy_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     few = EXACT | {"batch_size": 2, "max_steps": 3, "dense_widths": [12]}  # one process has no rows
     stopped = EXACT | {"patience": 1, "valid_every": 1, "learning_rate": 0.0, "max_steps": 6}
     slidex.fit(easy_data, folder / "few-one", TrainConfig.from_mapping(few))
-    jobs = [("three", EXACT, False), ("one-three", EXACT, True), ("two-three", EXACT, True)]
+    jobs = [
+        ("even-three", even, False),
+        ("three", EXACT, False),
+        ("one-three", EXACT, True),
+        ("two-three", EXACT, True),
+    ]
     jobs += [("shared-three", SHARED, True), ("few", few, False), ("stopped", stopped, False)]
     jobs += [("three", EXACT, False), ("none", SHARED | {"pool_size": 2}, False)]
     (folder / "printed-three").write_text("".join(together(3, folder, easy_data, jobs)))
