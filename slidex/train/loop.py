@@ -102,8 +102,7 @@ def fit(
         CollapseWarning: if few classes are ever negatives, or accuracy falls while the loss does.
     """
     ranks = processes or Solo()
-    settled = settle(config, dataset, ranks)
-    config = TrainConfig.from_mapping(ranks.on_main(settled.to_mapping))
+    config = TrainConfig.from_mapping(ranks.on_main(settle(config, dataset, ranks).to_mapping))
     tell = notify if notify is not None and ranks.main else _say_nothing
     with compilations(lambda kernel: tell("compiling", {"kernel": kernel})):
         if resume:
