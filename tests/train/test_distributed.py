@@ -34,12 +34,12 @@ EXACT: dict[str, Any] = {
 SAMPLED = EXACT | {"index_options": {"bits": 3, "tables": 6}, "rehash_every": 3, "correction": "stratified"}
 SHARED = SAMPLED | {"mode": "shared", "pool_size": 41}
 LEARNED = SHARED | {"index": "learned", "index_options": {}, "index_sample": 200, "rehash": "fixed"}
+UPDATES = SHARED | {"batch_size": 8, "pool_size": 11, "rehash": "fixed", "rehash_every": 1}
 PER_SAMPLE = SAMPLED | {
     "mode": "per_sample", "active_size": 31, "rehash": "drift", "rehash_drift": 0.01, "loss": "logistic",
     "optimizer": "rowwise_adagrad", "dense_widths": [],
 }  # fmt: skip
-FIRST_HALF = {"max_steps": 4}
-STEP_4, STEP_8 = "step_00000004", "step_00000008"
+STEP_8 = "step_00000008"
 
 
 def together(
@@ -83,7 +83,8 @@ def runs(easy_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     start_from(folder, "one-three", "one")
     even = EXACT | {"batch_size": 6, "max_steps": 1}
     jobs = [("two", EXACT, False), ("one-two", EXACT, True), ("even", even, False)]
-    for name, settings in (("shared", SHARED), ("per_sample", PER_SAMPLE), ("learned", LEARNED)):
+    sampled = {"shared": SHARED, "updates": UPDATES, "per_sample": PER_SAMPLE, "learned": LEARNED}
+    for name, settings in sampled.items():
         jobs += [(name, settings, False), (f"{name}-parts", settings | {"signal_after": 4}, False)]
         jobs += [(f"{name}-parts", settings, True)]
     (folder / "printed-two").write_text("".join(together(2, folder, easy_data, jobs)))
@@ -137,7 +138,7 @@ def test_a_batch_of_fewer_rows_than_processes(runs: Path) -> None:
         assert float((tensor - got[key]).abs().max()) <= 1e-6, key
 
 
-@pytest.mark.parametrize("name", ["shared", "per_sample", "learned"])
+@pytest.mark.parametrize("name", ["shared", "updates", "per_sample", "learned"])
 def test_stopped_by_a_signal_in_one_process_and_resumed_equals_unbroken(runs: Path, name: str) -> None:
     assert "InterruptedRunError: stopped by SIGTERM after step 4" in (runs / "printed-two").read_text()
     whole, parts = (Checkpoint(runs / run / "checkpoints" / STEP_8) for run in (name, f"{name}-parts"))
@@ -151,6 +152,9 @@ def test_stopped_by_a_signal_in_one_process_and_resumed_equals_unbroken(runs: Pa
         assert all(torch.equal(expected[key], got[key]) for key in expected), file
     assert whole.state()["rehash"] == parts.state()["rehash"]
     assert len(whole.state()["rehash"]) == 2
+    if name == "updates":  # each process counts its own
+        first, second = whole.state()["rehash"]
+        assert 0 < first["updated_rows"] != second["updated_rows"] > 0
 
 
 def test_each_process_writes_its_rows_and_only_those_are_read(runs: Path) -> None:
