@@ -15,14 +15,18 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def set_threads(count: int | None) -> int:
-    """Sets torch's and Numba's pools to `count` threads (None: all usable cores) and returns the number.
+def set_threads(count: int | None, processes: int = 1) -> int:
+    """Sets torch's and Numba's pools to `count` threads and returns the number.
+
+    Args:
+        count: None is all usable cores, or an equal part of them.
+        processes: How many processes share the cores.
 
     Raises:
         ConfigError: if Numba was started with fewer threads, e.g. by NUMBA_NUM_THREADS.
     """
     most: int = numba.config.NUMBA_NUM_THREADS  # pyrefly: ignore[missing-attribute]  (set at run time)
-    chosen = min(usable_cores(), most) if count is None else count
+    chosen = min(max(1, usable_cores() // processes), most) if count is None else count
     if chosen > most:
         raise ConfigError(
             f"The 'threads' setting must be at most {most}, the size of Numba's pool. Got {chosen} instead. "

@@ -137,9 +137,11 @@ def train(
     from slidex.cli.training_display import TrainingDisplay  # noqa: PLC0415
     from slidex.data import Dataset  # noqa: PLC0415
     from slidex.errors import CollapseWarning  # noqa: PLC0415
+    from slidex.train.distributed import launched_processes  # noqa: PLC0415
     from slidex.train.loop import fit  # noqa: PLC0415
 
-    with TrainingDisplay() as display, warnings.catch_warnings():
+    with launched_processes() as processes, TrainingDisplay() as display, warnings.catch_warnings():
         warnings.simplefilter("ignore", CollapseWarning)  # the display shows it
-        run = fit(Dataset.open(data), out, chosen, resume=resume, notify=display)
-    click.echo(f"trained: {run.path}", err=True)
+        run = fit(Dataset.open(data), out, chosen, resume=resume, notify=display, processes=processes)
+    if processes.main:
+        click.echo(f"trained: {run.path}", err=True)

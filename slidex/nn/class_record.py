@@ -49,7 +49,11 @@ class ClassRecord:
 
     def share(self, bit: int) -> float:
         """Share of classes that have the bit."""
-        return float(np.count_nonzero(self.flags_C1[:-1] & bit) / (len(self.flags_C1) - 1))
+        return self.count(bit) / (len(self.flags_C1) - 1)
+
+    def count(self, bit: int) -> int:
+        """How many classes have the bit."""
+        return int(np.count_nonzero(self.flags_C1[:-1] & bit))
 
     def clear(self, bit: int) -> None:
         """Takes the bit from all classes."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex
+    from slidex.nn.sharding import Shard
     from slidex.train.config import TrainConfig
 
 PREDICT_ROWS = 512
@@ -45,7 +46,12 @@ class Classifier:
 
     @classmethod
     def from_config(
-        cls, config: TrainConfig, num_features: int, num_classes: int, class_counts: np.ndarray
+        cls,
+        config: TrainConfig,
+        num_features: int,
+        num_classes: int,
+        class_counts: np.ndarray,
+        shard: Shard | None = None,
     ) -> Classifier:
         """A model with initial weights.
 
@@ -54,6 +60,10 @@ class Classifier:
             num_features: F.
             num_classes: C.
             class_counts: int64 (C,), training frequency of every class.
+            shard: Which of the classes this process has; None where it has all.
+
+        Raises:
+            ConfigError: if there are more processes than classes, or than negatives.
         """
         encoder = BagEncoder(
             num_features,
@@ -65,7 +75,14 @@ class Classifier:
             optimizer=config.optimizer,
             seed=config.seed,
         )
-        selector = make_selector(config, encoder.out_features, num_classes, class_counts)
+        begin, end, part, parts = 0, num_classes, 0, 1
+        if shard is not None:
+            begin, end, part, parts = shard.begin, shard.end, shard.rank, shard.size
+        if num_classes < parts:
+            raise ConfigError(f"{num_classes:,} classes cannot be shared out among {parts:,} processes.")
+        selector = make_selector(
+            config, encoder.out_features, end - begin, class_counts[begin:end], part=part, parts=parts
+        )
         head = SampledHead(
             encoder.out_features,
             num_classes,
@@ -75,6 +92,7 @@ class Classifier:
             selector=selector,
             optimizer=config.optimizer,
             seed=config.seed + 1,
+            shard=shard,
         )
         return cls(encoder, head, selector.index if selector is not None else None)
 

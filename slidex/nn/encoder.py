@@ -23,7 +23,7 @@ from slidex.kernels import RowState, StepSettings
 from slidex.kernels import cpu as kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class BagEncoder(nn.Module):
@@ -76,20 +76,44 @@ class BagEncoder(nn.Module):
             x: N rows of features.
             step: Keys the dropout masks of a training step; None means no dropout.
         """
-        x, generator = self._inputs(x, step), self._dropout_generator(step)
-        return self._dense_layers(self._bag_layer(x, generator), generator)
+        x, masks = self._inputs(x, step), self._masks(step, x.num_rows, slice(None))
+        return self._dense_layers(self._bag_layer(x, masks), masks)
 
-    def forward_train(self, x: CsrArrays, step: int) -> tuple[torch.Tensor, TrainingGraph]:
-        """As `forward`, with what `backward` needs to continue from the hidden vectors' gradient."""
-        x, generator = self._inputs(x, step), self._dropout_generator(step)
-        bag_ND = self._bag_layer(x, generator)
+    def forward_train(
+        self, x: CsrArrays, step: int, rows: slice | None = None
+    ) -> tuple[torch.Tensor, TrainingGraph]:
+        """As `forward`, with what `backward` needs to continue from the hidden vectors' gradient.
+
+        Args:
+            x: N rows of features.
+            step: Keys the dropout masks.
+            rows: The consecutive rows of `x` to do; None does all. Masks do not depend on it.
+        """
+        rows = rows or slice(0, x.num_rows)
+        x, masks = self._inputs(x, step), self._masks(step, x.num_rows, rows)
+        bag_ND = self._bag_layer(x.slice(rows.start, rows.stop), masks)
         if not self.dense:
             return bag_ND, TrainingGraph(x, bag_ND, None)
-        hidden_NH = self._dense_layers(bag_ND.requires_grad_(), generator)
+        hidden_NH = self._dense_layers(bag_ND.requires_grad_(), masks)
         return hidden_NH.detach(), TrainingGraph(x, bag_ND, hidden_NH)
 
-    def backward(self, graph: TrainingGraph, grad_hidden_NH: torch.Tensor, settings: StepSettings) -> None:
-        """Accumulates `.grad` of the dense parameters and applies one optimiser step to the touched rows of the bag."""
+    def backward(
+        self,
+        graph: TrainingGraph,
+        grad_hidden_NH: torch.Tensor,
+        settings: StepSettings,
+        gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Accumulates `.grad` of the dense parameters and applies one optimiser step to the touched rows of the bag.
+
+        Args:
+            graph: From `forward_train`.
+            grad_hidden_NH: Gradient of what it returned.
+            settings: The step's settings.
+            gather: Makes the bag's gradients of some rows those of all rows of `graph.x`, where `forward_train` did
+                some and others did the rest. Bag and bias are then updated for all; gradients of the dense layers
+                are of the rows done here.
+        """
         x, grad_ND = graph.x, grad_hidden_NH
         if graph.hidden_NH is not None:
             graph.hidden_NH.backward(grad_hidden_NH)
@@ -99,6 +123,8 @@ class BagEncoder(nn.Module):
         # The bag's units that were negative or dropped are 0; those kept had been scaled up by 1 / (1 - dropout).
         kept = graph.bag_ND.detach() > 0
         grad_bag_ND = grad_ND * (kept if self.hidden_dropout == 0 else kept / (1 - self.hidden_dropout))
+        if gather is not None:
+            grad_bag_ND = gather(grad_bag_ND)
         grad_D = grad_bag_ND.sum(0)
         self.bias.grad = grad_D if self.bias.grad is None else self.bias.grad + grad_D
         kernels.embedding_bag_update(
@@ -125,28 +151,43 @@ class BagEncoder(nn.Module):
             return x
         return CsrArrays(x.indptr, x.indices, values, x.num_columns)
 
-    def _bag_layer(self, x: CsrArrays, generator: torch.Generator | None) -> torch.Tensor:
+    def _bag_layer(self, x: CsrArrays, masks: DropoutMasks | None) -> torch.Tensor:
         values = None if x.values is None else torch.from_numpy(x.values)
         sums_ND = kernels.embedding_bag(
             torch.from_numpy(x.indptr), torch.from_numpy(x.indices), values, self.bag, self.bias.detach()
         )
-        return self._dropout(sums_ND.relu_(), generator)
+        return self._dropout(sums_ND.relu_(), masks)
 
-    def _dense_layers(self, hidden: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    def _dense_layers(self, hidden: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
         for layer in self.dense:
-            hidden = self._dropout(torch.relu(layer(hidden)), generator)
+            hidden = self._dropout(torch.relu(layer(hidden)), masks)
         return hidden
 
-    def _dropout_generator(self, step: int | None) -> torch.Generator | None:
+    def _masks(self, step: int | None, num_rows: int, rows: slice) -> DropoutMasks | None:
         if step is None or self.hidden_dropout == 0:
             return None
-        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return DropoutMasks(torch.Generator().manual_seed(self.seed * 1_000_003 + step), num_rows, rows)
 
-    def _dropout(self, hidden: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-        if generator is None:
+    def _dropout(self, hidden: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
+        if masks is None:
             return hidden
-        keep = torch.rand(hidden.shape, generator=generator) >= self.hidden_dropout
-        return hidden * keep / (1 - self.hidden_dropout)
+        drawn = torch.rand((masks.num_rows, hidden.shape[1]), generator=masks.generator)[masks.rows]
+        return hidden * (drawn >= self.hidden_dropout) / (1 - self.hidden_dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class DropoutMasks:
+    """Where a step's dropout masks come from.
+
+    Args:
+        generator: Gives those of a layer's whole batch, of one layer after the other.
+        num_rows: N, rows of the batch.
+        rows: Those that are computed.
+    """
+
+    generator: torch.Generator
+    num_rows: int
+    rows: slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +195,8 @@ class TrainingGraph:
     """What a training step remembers between the encoder's forward and backward pass.
 
     Args:
-        x: The rows, as they were summed.
-        bag_ND: The first layer, after ReLU and dropout.
+        x: The rows of the whole batch, as they are summed.
+        bag_ND: The first layer, after ReLU and dropout, of the rows that were done, as `hidden_NH`.
         hidden_NH: The last dense layer with its autograd graph; None where there is none.
     """
 

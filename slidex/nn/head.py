@@ -5,12 +5,15 @@ One training step is two calls, so that a non-finite loss stops before anything 
     scored = head.score(hidden_ND, labels, step)        # picks the classes, computes the loss and its gradient
     grad_hidden_ND = head.update(scored, settings)      # gradient for the encoder; touched rows take a step
 
+Where classes are sharded over processes, N are the rows of all of them; weights and state are of one's own classes.
+
 Legend: N rows in a batch, C classes, D hidden width, A active classes per row.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +23,16 @@ from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.kernels import cpu as kernels
 from slidex.lsh import exact_topk
-from slidex.nn.scoring import Rows, Scored, Scorer
+from slidex.nn.candidates import label_weights
+from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
     from slidex.nn.candidates import CandidateSelector
+    from slidex.nn.sharding import Shard
+
+INITIAL_ROWS = 1 << 16
+"""Rows whose initial weights are drawn at once, where a process keeps only some of them."""
 
 
 class SampledHead(nn.Module):
@@ -38,7 +46,8 @@ class SampledHead(nn.Module):
         precision: Of the matrix products.
         selector: Chooses the active classes.
         optimizer: Rule of the row updates, one of `slidex.kernels.OPTIMIZERS`.
-        seed: Seed of the initial weights.
+        seed: Seed of the initial weights: the same for any number of processes.
+        shard: Which of the C classes this process has; None where it has all. The selector is over its own.
 
     Raises:
         ConfigError: if a setting is none of its values, or a sampled mode has no selector.
@@ -55,23 +64,21 @@ class SampledHead(nn.Module):
         selector: CandidateSelector | None = None,
         optimizer: str = "adam",
         seed: int = 0,
+        shard: Shard | None = None,
     ) -> None:
         super().__init__()
         if optimizer not in OPTIMIZERS:
             raise ConfigError(
                 f"The 'optimizer' parameter of SampledHead must be one of {OPTIMIZERS}. Got {optimizer!r} instead."
             )
-        self.scorer = Scorer(mode, loss=loss, precision=precision, selector=selector)
-        self.in_features, self.num_classes = in_features, num_classes
-        generator = torch.Generator().manual_seed(seed)
-        weight_CD = torch.empty(num_classes, in_features).normal_(
-            0, 1 / math.sqrt(in_features), generator=generator
-        )
+        self.scorer = Scorer(mode, loss=loss, precision=precision, selector=selector, shard=shard)
+        self.in_features, self.num_classes, self.shard = in_features, num_classes, shard
+        weight_CD = _initial_weight(in_features, num_classes, seed, shard)
         # Rows are written by the fused kernels, never by autograd.
         self.weight = nn.Parameter(weight_CD, requires_grad=False)
         # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
         start = -math.log(num_classes) if loss == "logistic" else 0.0
-        self.bias = nn.Parameter(torch.full((num_classes,), start), requires_grad=False)
+        self.bias = nn.Parameter(torch.full((len(weight_CD),), start), requires_grad=False)
         self.weight_state = RowState.zeros_like(self.weight, optimizer)
         self.bias_state = RowState.zeros_like(self.bias, optimizer)
 
@@ -90,14 +97,22 @@ class SampledHead(nn.Module):
 
         Args:
             hidden_ND: float32 (N, D), detached.
-            labels: True classes of the N rows.
+            labels: True classes of the N rows, of all processes.
             step: Keys all randomness, so that a step can be repeated.
         """
-        scale = 1 / max(1, len(hidden_ND))
-        return self.scorer.score(Rows(self.weight, self.bias), hidden_ND, labels, step, row_scale=scale)
+        scale, mass = 1 / max(1, len(hidden_ND)), None
+        if self.shard is not None:
+            weights = label_weights(labels).numpy()
+            labels = self.shard.local(replace(labels, values=weights))
+            mass = LabelMass(torch.from_numpy(labels.values))
+        rows = Rows(self.weight, self.bias)
+        return self.scorer.score(rows, hidden_ND, labels, step, row_scale=scale, mass=mass)
 
     def update(self, scored: Scored, settings: StepSettings) -> torch.Tensor:
-        """Applies one optimiser step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D)."""
+        """Applies one optimiser step to the touched rows; returns the mean loss's gradient for `hidden_ND`, (N, D).
+
+        With a shard it is this process's part of that gradient; the sum over processes is the whole.
+        """
         grad_hidden_ND = self.scorer.hidden_grad(scored)
         self.scorer.update(scored, Rows(self.weight, self.bias), self.weight_state, self.bias_state, settings)
         return grad_hidden_ND
@@ -111,13 +126,21 @@ class SampledHead(nn.Module):
         Args:
             hidden_ND: float32 (N, D).
             k: Classes per row.
-            candidates_NA: int64 (N, A) padded with -1: score only these; None scores all classes.
+            candidates_NA: int64 (N, A) padded with -1: score only these; None scores all classes, of all processes.
 
         Returns:
             Scores float32 (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer classes.
+
+        Raises:
+            ConfigError: if candidates are given where classes are sharded over processes.
         """
         if candidates_NA is None:
-            return exact_topk(hidden_ND, self.weight, self.bias, k)
+            best = exact_topk(hidden_ND, self.weight, self.bias, k)
+            return best if self.shard is None else self.shard.merge_topk(*best)
+        if self.shard is not None:
+            raise ConfigError(
+                "The 'candidates_NA' parameter of SampledHead.topk must be None for a sharded head."
+            )
         logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, candidates_NA)
         scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
         ids = candidates_NA.gather(1, slots)
@@ -126,3 +149,22 @@ class SampledHead(nn.Module):
             nn.functional.pad(scores, (0, missing), value=-math.inf),
             nn.functional.pad(ids, (0, missing), value=-1),
         )
+
+
+def _initial_weight(in_features: int, num_classes: int, seed: int, shard: Shard | None) -> torch.Tensor:
+    """The rows of the shard, of a matrix that is a function of the other arguments: float32 (C, D)."""
+    generator, deviation = torch.Generator().manual_seed(seed), 1 / math.sqrt(in_features)
+    if shard is None:
+        return torch.empty(num_classes, in_features).normal_(0, deviation, generator=generator)
+    own, first = torch.empty(shard.end - shard.begin, in_features), 0
+    while first < shard.end:
+        # torch draws sixteen numbers at a time, so pieces of a multiple of 16 give what the whole would. A last one of
+        # less than 16 numbers would be drawn one by one: it is joined to the one before.
+        left = num_classes - first
+        piece = torch.empty(left if left < 2 * INITIAL_ROWS else INITIAL_ROWS, in_features)
+        piece.normal_(0, deviation, generator=generator)
+        begin, end = max(first, shard.begin), min(first + len(piece), shard.end)
+        if begin < end:
+            own[begin - shard.begin : end - shard.begin] = piece[begin - first : end - first]
+        first += len(piece)
+    return own

@@ -171,31 +171,10 @@ class Scorer:
             rows_UD = rows_UD.bfloat16()
         logits_NU = self._matmul(hidden_ND, rows_UD.T)
         weights = (weights if mass is None else mass.weights).to(logits_NU.dtype)
-        # The loss kernels overwrite the scores with the gradient.
-        if self.loss == "logistic":
-            weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
-            loss_N = kernels.shared_logistic_loss(
-                logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U * row_scale
-            )
-            loss_N = self._over_processes(loss_N)
-        elif mass is None or mass.smoothing == 0:
-            added_U = bias_U if offset_U is None else bias_U + offset_U
-            if self.shard is None:
-                loss_N = kernels.shared_softmax_loss(
-                    logits_NU, indptr, positions, weights * row_scale, added_U
-                )
-            else:
-                targets = Targets(_rows_of(indptr), positions, weights * row_scale)
-                loss_N = sharded_softmax_loss(logits_NU.add_(added_U), targets, self.shard)
-        else:
-            offset_U = torch.zeros_like(bias_U) if offset_U is None else offset_U
-            target_NU = torch.zeros_like(logits_NU)
-            target_NU[_rows_of(indptr), positions] = weights
-            loss_N, logits_NU = _smoothed_softmax(
-                logits_NU.add_(bias_U), target_NU, ids_U[None], offset_U[None], mass, row_scale, self.shard
-            )
+        targets = indptr, positions, weights
+        loss_N, grad_NU = self._pool_loss(logits_NU, bias_U, offset_U, ids_U, targets, mass, row_scale)
         loss_N /= row_scale
-        return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, logits_NU, rows_UD)
+        return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, grad_NU, rows_UD)
 
     def hidden_grad(self, scored: Scored) -> torch.Tensor:
         """Gradient of the hidden vectors, (N, D); with a shard, this process's part of the sum."""
@@ -244,6 +223,49 @@ class Scorer:
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
         return ids_U, self._matmul(grad.T, hidden_ND), grad.sum(0)
+
+    def _pool_loss(
+        self,
+        logits_NU: torch.Tensor,
+        bias_U: torch.Tensor,
+        offset_U: torch.Tensor | None,
+        ids_U: torch.Tensor,
+        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        mass: LabelMass | None,
+        row_scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss times `row_scale`, and its gradient by the scores, which takes their place.
+
+        Args:
+            logits_NU: Products of rows and hidden vectors.
+            bias_U: To be added to them.
+            offset_U: Log weights, or None.
+            ids_U: int64, the classes.
+            targets: Offsets int64 (N + 1,), positions in the pool and mass of the labels, (P,).
+            mass: As in `score`.
+            row_scale: As in `score`.
+        """
+        indptr, positions, weights = targets
+        if self.loss == "logistic":
+            weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
+            loss_N = kernels.shared_logistic_loss(
+                logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U * row_scale
+            )
+            return self._over_processes(loss_N), logits_NU
+        if mass is not None and mass.smoothing > 0:
+            offset_U = torch.zeros_like(bias_U) if offset_U is None else offset_U
+            target_NU = torch.zeros_like(logits_NU)
+            target_NU[_rows_of(indptr), positions] = weights
+            return _smoothed_softmax(
+                logits_NU.add_(bias_U), target_NU, ids_U[None], offset_U[None], mass, row_scale, self.shard
+            )
+        added_U = bias_U if offset_U is None else bias_U + offset_U
+        if self.shard is None:
+            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights * row_scale, added_U)
+        else:
+            entries = Targets(_rows_of(indptr), positions, weights * row_scale)
+            loss_N = sharded_softmax_loss(logits_NU.add_(added_U), entries, self.shard)
+        return loss_N, logits_NU
 
     def _score_pairs(
         self,

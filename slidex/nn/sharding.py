@@ -30,66 +30,38 @@ REDUCTIONS = ("sum", "max")
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """The classes of one process of a group. Make one with `Shard.of`.
+class Peers:
+    """The processes of a group, and what they exchange. Make one with `Peers.of_group`.
 
     Args:
-        group: The processes; None is the default group of torch.distributed.
+        group: None is the default group of torch.distributed.
         rank: Of this process in the group.
         size: R.
-        num_classes: C.
-        begin: First class of this process.
-        end: One past its last class; `begin` where there are fewer classes than processes and it has none.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
-    num_classes: int
-    begin: int
-    end: int
 
     @classmethod
-    def of(cls, num_classes: int, group: dist.ProcessGroup | None = None) -> Shard:
-        """This process's part of `num_classes`; the parts are in the order of ranks and differ by at most one class.
+    def of_group(cls, group: dist.ProcessGroup | None = None) -> Peers:
+        """The processes of a group that this one is in.
 
         Raises:
             ConfigError: if torch.distributed is not initialised, or this process is not in the group.
         """
         if not dist.is_initialized():
-            raise ConfigError(
-                "The 'group' parameter of Shard.of needs torch.distributed: call init_process_group first."
-            )
+            raise ConfigError("A process group needs torch.distributed: call init_process_group first.")
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if rank < 0:
-            raise ConfigError("The 'group' parameter of Shard.of must be a group that this process is in.")
-        begin, end = part_of(num_classes, rank, size)
-        return cls(group, rank, size, num_classes, begin, end)
-
-    def local(self, labels: CsrArrays) -> CsrArrays:
-        """The labels that are classes of this process, counted from its first; stored values go with them.
-
-        To know what a label counts where a row's labels are spread over processes, store it before: with
-        `slidex.nn.candidates.label_weights(labels)` as values, those of the result are `LabelMass.weights`.
-
-        Args:
-            labels: Rows x C.
-        """
-        kept = (labels.indices >= self.begin) & (labels.indices < self.end)
-        before = np.zeros(len(kept) + 1, dtype=np.int64)
-        np.cumsum(kept, out=before[1:])
-        return CsrArrays(
-            before[labels.indptr],
-            labels.indices[kept] - np.int32(self.begin),
-            None if labels.values is None else labels.values[kept],
-            self.end - self.begin,
-        )
+            raise ConfigError("The 'group' parameter must be a group that this process is in.")
+        return cls(group, rank, size)
 
     def reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
         """Replaces `x` by the sum or the maximum over all processes, in place, and returns it."""
         if op not in REDUCTIONS:
             raise ConfigError(
-                f"The 'op' parameter of Shard.reduce must be one of {REDUCTIONS}. Got {op!r} instead."
+                f"The 'op' parameter of Peers.reduce must be one of {REDUCTIONS}. Got {op!r} instead."
             )
         if self.size > 1 and x.numel():
             with self._collective():
@@ -101,6 +73,8 @@ class Shard:
         if self.size == 1:
             return x[None]
         all_x = x.new_empty((self.size, *x.shape))
+        if x.numel() == 0:
+            return all_x
         with self._collective():
             dist.all_gather(list(all_x), x.contiguous(), group=self.group)
         return all_x
@@ -143,6 +117,65 @@ class Shard:
         first = sum(counts[: self.rank])
         return x_all[first : first + counts[self.rank]]
 
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            cause = str(error).strip().splitlines()[0].split(". This is typically")[0]  # gloo's advice
+            raise LostPeerError(
+                f"process {self.rank} of {self.size} lost its connection to the others: one of them has ended or "
+                f"stopped answering ({cause})."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Shard(Peers):
+    """The classes of one process of a group. Make one with `Shard.of`.
+
+    Args:
+        group: As in `Peers`, as the next two.
+        rank: Of this process.
+        size: R.
+        num_classes: C.
+        begin: First class of this process.
+        end: One past its last class; `begin` where there are fewer classes than processes and it has none.
+    """
+
+    num_classes: int
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, num_classes: int, group: dist.ProcessGroup | None = None) -> Shard:
+        """This process's part of `num_classes`; the parts are in the order of ranks and differ by at most one class.
+
+        Raises:
+            ConfigError: if torch.distributed is not initialised, or this process is not in the group.
+        """
+        peers = Peers.of_group(group)
+        begin, end = part_of(num_classes, peers.rank, peers.size)
+        return cls(group, peers.rank, peers.size, num_classes, begin, end)
+
+    def local(self, labels: CsrArrays) -> CsrArrays:
+        """The labels that are classes of this process, counted from its first; stored values go with them.
+
+        To know what a label counts where a row's labels are spread over processes, store it before: with
+        `slidex.nn.candidates.label_weights(labels)` as values, those of the result are `LabelMass.weights`.
+
+        Args:
+            labels: Rows x C.
+        """
+        kept = (labels.indices >= self.begin) & (labels.indices < self.end)
+        before = np.zeros(len(kept) + 1, dtype=np.int64)
+        np.cumsum(kept, out=before[1:])
+        return CsrArrays(
+            before[labels.indptr],
+            labels.indices[kept] - np.int32(self.begin),
+            None if labels.values is None else labels.values[kept],
+            self.end - self.begin,
+        )
+
     def merge_topk(self, scores_NK: torch.Tensor, ids_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The best classes of all processes' best ones, the same in every process.
 
@@ -157,16 +190,6 @@ class Shard:
         all_scores, all_ids = (torch.cat(list(self.gather(x)), dim=1) for x in (scores_NK, ids_NK))
         scores, slots = all_scores.topk(scores_NK.shape[1])
         return scores, all_ids.gather(1, slots)
-
-    @contextmanager
-    def _collective(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise LostPeerError(
-                f"process {self.rank} of {self.size} lost its connection to the others: one of them has ended or "
-                f"stopped answering ({str(error).strip().splitlines()[0]})."
-            ) from error
 
 
 def part_of(count: int, part: int, parts: int) -> tuple[int, int]:

@@ -67,7 +67,9 @@ class TrainConfig(SamplingSettings):
     )
 
     # Run
-    threads: int | None = setting(None, "CPU threads; default: all usable cores.", low=1, high=1024)
+    threads: int | None = setting(
+        None, "CPU threads of a process; default: all usable cores, shared out evenly.", low=1, high=1024
+    )
     valid_fraction: float = setting(
         0.0,
         "Share of the training rows held out for validation, if the data set has no valid split.",

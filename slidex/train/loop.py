@@ -2,6 +2,9 @@
 
 Everything random is a function of (seed, step), and the order of rows one of (seed, epoch), so the state to save is
 weights, moments, hash codes and a few counters, and a resumed run takes the very steps it would have taken.
+
+On several processes all run this loop in step (`slidex.train.distributed`): each encodes its rows of a batch and scores
+all rows on its classes. Process 0 writes and speaks.
 """
 
 from __future__ import annotations
@@ -12,62 +15,55 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from slidex.errors import CheckpointError, CollapseWarning, DataError, DivergedError, InterruptedRunError
+from slidex.errors import (
+    CollapseWarning,
+    DivergedError,
+    InterruptedRunError,
+    LostPeerError,
+)
 from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
-from slidex.lsh import recall_at_k
 from slidex.metrics import MetricAccumulator
 from slidex.nn.class_record import NEGATIVE, SEEN, ClassRecord
 from slidex.nn.classifier import Classifier
 from slidex.nn.rehash import Rehasher
-from slidex.train.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint, write_atomically
+from slidex.train.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
+from slidex.train.config import TrainConfig
 from slidex.train.coverage import CollapseWatch
 from slidex.train.dense_adam import DenseAdam
-from slidex.train.queries import draw_queries
-from slidex.train.run import Run, fingerprint
-from slidex.train.settle import (
-    STREAM_ORDER,
-    STREAM_PROBE,
-    STREAM_VALID,
-    counter_rng,
-    learning_rate,
-    settle,
-)
+from slidex.train.distributed import Solo
+from slidex.train.probe import RecallProbe
+from slidex.train.queries import draw_queries, own_classes
+from slidex.train.rows import split_rows
+from slidex.train.run import Run, check_same_run
+from slidex.train.settle import STREAM_ORDER, counter_rng, learning_rate, settle
 from slidex.train.signals import SignalCatcher
 from slidex.train.state import collect_state, newest_sound_checkpoint, restore_state
 from slidex.train.telemetry import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
+
+    import torch
 
     from slidex.data import Dataset
     from slidex.data.csr import CsrArrays
     from slidex.lsh.index import QuerySample
-    from slidex.train.config import TrainConfig
 
 Notify = Callable[[str, dict[str, Any]], None]
 """Called with an event and its facts: ``compiling`` (a kernel, before or in the first steps), ``start``, ``message``,
 ``step``, ``report``, ``epoch``, ``warning``, ``validation``, ``checkpoint``."""
-
-PROBE_ROWS, PROBE_K = 256, 10
-"""The probe: the exact top 10 of so many training rows (or of a batch, if that is smaller)."""
-PROBE_SHARE = 0.02
-"""The index's recall is probed against exact top-k as long as that takes no more than this share of the time."""
-RESUME_MAY_CHANGE = {
-    "epochs",
-    "max_steps",
-    "patience",
-    "checkpoint_every",
-    "keep_last",
-    "report_every",
-    "threads",
-}
 
 
 def fit(
@@ -77,6 +73,7 @@ def fit(
     *,
     resume: bool = False,
     notify: Notify | None = None,
+    processes: Solo | None = None,
 ) -> Run:
     """Trains a model and leaves it in a run directory.
 
@@ -86,7 +83,9 @@ def fit(
         config: All settings.
         resume: Continue from the newest checkpoint in `out` that passes its checksums. `config` must equal the
             run's own, except for settings that say how long to train and how often to report.
-        notify: Told of everything that happens, as it happens.
+        notify: Told of everything that happens, as it happens; in process 0 alone.
+        processes: `slidex.train.distributed.Ranks` where all processes of a group call this, with equal arguments, to
+            train one model together; `out` must be one directory for all. None is this process alone.
 
     Returns:
         The run, with at least one checkpoint.
@@ -97,18 +96,22 @@ def fit(
         DataError: if no training row has a label.
         DivergedError: if the loss becomes non-finite; the step's update is not applied.
         InterruptedRunError: after SIGTERM or Ctrl-C, when the state has been saved.
+        LostPeerError: if another process has ended; says how to go on.
 
     Warns:
         CollapseWarning: if few classes are ever negatives, or accuracy falls while the loss does.
     """
-    config, tell = settle(config, dataset), notify or (lambda *_: None)
+    ranks = processes or Solo()
+    config = TrainConfig.from_mapping(ranks.on_main(settle(config, dataset, ranks).to_mapping))
+    tell = notify if notify is not None and ranks.main else _say_nothing
     with compilations(lambda kernel: tell("compiling", {"kernel": kernel})):
         if resume:
             run = Run.open(out)
-            _check_same_run(run, dataset, config)
-            return Trainer(dataset, config, tell).fit(run, resume=True)
-        trainer = Trainer(dataset, config, tell)
-        return trainer.fit(Run.create(out, config, dataset), resume=False)
+            check_same_run(run, dataset, config)
+            return Trainer(dataset, config, tell, ranks).fit(run, resume=True)
+        trainer = Trainer(dataset, config, tell, ranks)
+        meta = ranks.on_main(lambda: Run.create(out, config, dataset).meta)
+        return trainer.fit(Run(Path(out), meta), resume=False)
 
 
 class Trainer:
@@ -116,14 +119,17 @@ class Trainer:
 
     run: Run
 
-    def __init__(self, dataset: Dataset, config: TrainConfig, notify: Notify) -> None:
-        self.config, self.notify = config, notify
+    def __init__(
+        self, dataset: Dataset, config: TrainConfig, notify: Notify, ranks: Solo | None = None
+    ) -> None:
+        self.config, self.notify, self.ranks = config, notify, ranks or Solo()
         self.train_split = dataset.split("train")
         self.class_counts = dataset.class_counts()
         self.num_classes = dataset.num_classes
-        self.rows, self.valid = self._split_rows(dataset)
+        self.rows, self.valid = split_rows(dataset, config)
+        self.shard = self.ranks.shard(dataset.num_classes)
         self.model = Classifier.from_config(
-            config, dataset.num_features, dataset.num_classes, self.class_counts
+            config, dataset.num_features, dataset.num_classes, self.class_counts, self.shard
         )
         trained = [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad]
         self.dense_optimizer = DenseAdam(trained, config.beta1, config.beta2, config.epsilon)
@@ -131,7 +137,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.record = ClassRecord(dataset.num_classes)
+        self.record = ClassRecord(len(self.model.head.weight))  # of this process's classes
         self.collapse = CollapseWatch(config, dataset.num_classes)
         self.rehasher: Rehasher | None = None
         if self.model.index is not None:
@@ -142,12 +148,28 @@ class Trainer:
         self.bad_validations = 0
         self.seconds = 0.0
         self.interval = Interval()
-        self._probe_seconds = 0.0
+        self._probe = RecallProbe()
         self._kept_order = -1, self.rows
 
     def fit(self, run: Run, *, resume: bool) -> Run:
         """Trains to the end, writing into `run`; see `fit`."""
         self.run = run
+        try:
+            self._train(resume)
+        except LostPeerError as error:
+            saved = list_checkpoints(run.checkpoints)
+            at = (
+                f"the newest checkpoint is of step {saved[-1].step:,}"
+                if saved
+                else "there is no checkpoint yet"
+            )
+            raise LostPeerError(
+                f"{error} Training has stopped after step {self.step:,}; {at}. Continue with the same command and "
+                "--resume, on any number of processes."
+            ) from error
+        return run
+
+    def _train(self, resume: bool) -> None:
         if resume:
             self._resume()
         facts = {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
@@ -166,44 +188,19 @@ class Trainer:
                 if self.valid is not None and self._every(self.config.valid_every, epoch_end):
                     stop = self._validate(*self.valid)
                 last = stop or self.step == self.total_steps
-                if last or signals.received or self._every(self.config.checkpoint_every, epoch_end):
+                received = self.ranks.agree_signal(signals.received)
+                if last or received or self._every(self.config.checkpoint_every, epoch_end):
                     self._save()
-                if signals.received and not last:
+                if received and not last:
                     raise InterruptedRunError(
-                        f"stopped by {signals.received} after step {self.step:,}; the state is saved. "
+                        f"stopped by {received} after step {self.step:,}; the state is saved. "
                         f"Continue with: slidex train DATA --out {self.run.path} --resume"
                     )
                 if last:
                     break
-        return self.run
 
     def _every(self, steps: int | None, epoch_end: bool) -> bool:
         return epoch_end if steps is None else self.step % steps == 0
-
-    def _split_rows(self, dataset: Dataset) -> tuple[np.ndarray, tuple[CsrArrays, CsrArrays] | None]:
-        """Ids of the training rows that have a label, and features and labels of the validation rows."""
-        labels_per_row = np.diff(self.train_split.y.indptr)
-        rows = np.flatnonzero(labels_per_row)
-        if len(rows) == 0:
-            raise DataError("no row of the train split has a label.", path=dataset.path)
-        rng = counter_rng(self.config.seed, STREAM_VALID, 0)
-        if "valid" in dataset.splits:
-            split = dataset.split("valid")
-            chosen = np.arange(split.num_rows)
-        elif self.config.valid_fraction > 0:
-            split = self.train_split
-            chosen = rng.choice(rows, max(1, int(len(rows) * self.config.valid_fraction)), replace=False)
-            rows = np.setdiff1d(rows, chosen)
-        elif self.config.patience is None:
-            return rows, None
-        else:
-            raise DataError(
-                "the 'patience' setting needs validation rows: give 'valid_fraction', or prepare a valid split.",
-                path=dataset.path,
-            )
-        if len(chosen) > self.config.valid_rows:
-            chosen = rng.choice(chosen, self.config.valid_rows, replace=False)
-        return rows, (split.x.take(chosen), split.y.take(chosen))
 
     def batches(self) -> Iterator[tuple[CsrArrays, CsrArrays]]:
         """Batches from the current step to the last, the next one read while this one trains."""
@@ -231,12 +228,15 @@ class Trainer:
 
     def train_step(self, x: CsrArrays, y: CsrArrays) -> None:
         """One step; `self.step` counts steps taken, so the step at hand has the next number."""
-        step, model, watch = self.step + 1, self.model, self.interval.watch
+        step, model, watch, ranks = self.step + 1, self.model, self.interval.watch, self.ranks
         watch.lap("other")
         self._rehash()
         watch.lap("rehash")
-        hidden_ND, graph = model.encoder.forward_train(x, step)
+        own = ranks.rows(x.num_rows)
+        hidden_ND, graph = model.encoder.forward_train(x, step, own)
         watch.lap("encoder")
+        hidden_ND = ranks.gather_rows(hidden_ND, x.num_rows)
+        watch.lap(ranks.waiting_stage)
         scored = model.head.score(hidden_ND, y, step)
         watch.lap("kernel")
         watch.move("kernel", "query", scored.query_seconds)
@@ -249,12 +249,17 @@ class Trainer:
         settings = self._step_settings(step)
         grad_hidden_ND = model.head.update(scored, settings)
         watch.lap("update")
-        model.encoder.backward(graph, grad_hidden_ND, settings)
+        grad_hidden_ND = ranks.add(grad_hidden_ND)[own]
+        watch.lap(ranks.waiting_stage)
+        model.encoder.backward(
+            graph, grad_hidden_ND, settings, lambda grad_ND: ranks.gather_rows(grad_ND, x.num_rows)
+        )
+        ranks.add_gradients(model.encoder.dense.parameters())
         self.dense_optimizer.step(settings.learning_rate)
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
-        self.record.note(scored.ids, y)
+        self.record.note(scored.ids, self._own_labels(y))
         self.collapse.note_loss(loss, x.num_rows)
         interval = self.interval
         interval.rows += x.num_rows
@@ -283,12 +288,23 @@ class Trainer:
 
     def _query_sample(self, step: int) -> QuerySample:
         split, config = self.train_split, self.config
-        return draw_queries(
+        sample = draw_queries(
             self.model.encoder, split.x, split.y, self.rows, config.index_sample, seed=config.seed, step=step
         )
+        return sample if self.shard is None else own_classes(sample, self.shard)
+
+    def _own_labels(self, labels: CsrArrays) -> CsrArrays:
+        return labels if self.shard is None else self.shard.local(labels)
+
+    def _shares(self, *bits: int) -> list[float]:
+        """Shares of the classes of all processes that have the bits."""
+        counts = self.ranks.totals(*(self.record.count(bit) for bit in bits))
+        return [count / self.num_classes for count in counts]
 
     def _report(self) -> None:
-        recall = self._probe_recall()
+        recall = self._probe.recall(self)
+        seen, covered = self._shares(SEEN, NEGATIVE)
+        self.interval.add_up(self.ranks)
         self.interval.watch.lap("other")
         report = {
             "step": self.step,
@@ -296,8 +312,8 @@ class Trainer:
             "seconds": round(self.seconds, 3),
             "learning_rate": learning_rate(self.config, self.step, self.total_steps),
             "index_recall": recall,
-            "classes_seen": self.record.share(SEEN),
-            "epoch_coverage": self.record.share(NEGATIVE),
+            "classes_seen": seen,
+            "epoch_coverage": covered,
             **self.interval.facts(),
         }
         self._log("report", report)
@@ -307,7 +323,7 @@ class Trainer:
         """Logs the share of classes that were negatives since the epoch began, and begins a new one."""
         epoch = math.ceil(self.step / self.steps_per_epoch)
         steps = self.step - (epoch - 1) * self.steps_per_epoch
-        coverage = self.record.share(NEGATIVE)
+        (coverage,) = self._shares(NEGATIVE)
         self._log("epoch", {"epoch": epoch, "step": self.step, "epoch_coverage": coverage})
         self._warn(self.collapse.epoch_ended(epoch, steps, coverage))
         self.record.clear(NEGATIVE)
@@ -316,84 +332,68 @@ class Trainer:
     def _warn(self, text: str | None) -> None:
         if text is not None:
             self._log("warning", {"step": self.step, "text": text})
+        if text is not None and self.ranks.main:
             warnings.warn(text, CollapseWarning, stacklevel=2)
-
-    def _probe_recall(self) -> float | None:
-        """Share of a few rows' exact top 10 that the index proposes for them as it does in training."""
-        index, head = self.model.index, self.model.head
-        budget = head.selector.retrieved if head.selector is not None else 0
-        if index is None or budget == 0 or self._probe_seconds > PROBE_SHARE * self.seconds:
-            return None
-        started = time.perf_counter()
-        rng = counter_rng(self.config.seed, STREAM_PROBE, 0)
-        size = min(PROBE_ROWS, self.config.batch_size, len(self.rows))
-        chosen = np.sort(rng.choice(self.rows, size, replace=False))
-        with torch.no_grad():
-            hidden_ND = self.model.encoder(self.train_split.x.take(chosen))
-            _, exact_NK = head.topk(hidden_ND, PROBE_K)
-        if head.mode == "shared":
-            pool = index.pool(hidden_ND, budget)
-            recall = float(torch.isin(exact_NK, pool)[exact_NK >= 0].float().mean())
-        else:
-            recall = recall_at_k(index.query(hidden_ND, budget), exact_NK)
-        self._probe_seconds += time.perf_counter() - started
-        return recall
 
     def _validate(self, x: CsrArrays, y: CsrArrays) -> bool:
         """Logs the accuracy on validation rows, notes the best; True if training should stop early."""
-        metrics = MetricAccumulator(self.class_counts, len(self.rows), ks=(1, 3, 5))
-        first = 0
-        for _, ids in self.model.topk(x, 5):
-            metrics.update(ids.numpy(), y.slice(first, first + len(ids)))
-            first += len(ids)
-        result = metrics.compute()
-        best = self.run.best()
-        improved = best is None or result["P@1"] > best["P@1"]
+        best = [ids for _, ids in self.model.topk(x, 5)]
+        p_at_1, improved = self.ranks.on_main(lambda: self._judge(best, y))
         self.bad_validations = 0 if improved else self.bad_validations + 1
-        event = {"step": self.step, "seconds": round(self.seconds, 3), "rows": x.num_rows, "best": improved}
-        self._log("validation", event | {name: result[name] for name in ("P@1", "P@3", "P@5")})
-        self._warn(self.collapse.validated(result["P@1"], x.num_rows))
         if improved:
             self._save()
-            text = json.dumps({"step": self.step, "P@1": result["P@1"]})
-            write_atomically(self.run.path / "best.json", text)
+            text = json.dumps({"step": self.step, "P@1": p_at_1})
+            self.ranks.on_main(lambda: write_atomically(self.run.path / "best.json", text))
         self.interval.watch.lap("validation")
         return self.config.patience is not None and self.bad_validations >= self.config.patience
 
+    def _judge(self, best: list[torch.Tensor], y: CsrArrays) -> tuple[float, bool]:
+        """Logs what the best classes of validation rows are worth: P@1, and whether it is the highest so far."""
+        metrics = MetricAccumulator(self.class_counts, len(self.rows), ks=(1, 3, 5))
+        first = 0
+        for ids in best:
+            metrics.update(ids.numpy(), y.slice(first, first + len(ids)))
+            first += len(ids)
+        result, before = metrics.compute(), self.run.best()
+        improved = before is None or result["P@1"] > before["P@1"]
+        event = {"step": self.step, "seconds": round(self.seconds, 3), "rows": y.num_rows, "best": improved}
+        self._log("validation", event | {name: result[name] for name in ("P@1", "P@3", "P@5")})
+        self._warn(self.collapse.validated(result["P@1"], y.num_rows))
+        return result["P@1"], improved
+
     def _log(self, kind: str, facts: dict[str, Any]) -> None:
+        if not self.ranks.main:
+            return
         with (self.run.path / "log.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"event": kind, **facts}) + "\n")
         self.notify(kind, facts)
 
     def _save(self) -> None:
         """Takes a checkpoint, unless there is one of this step; drops those no longer wanted."""
-        if self.step in {checkpoint.step for checkpoint in list_checkpoints(self.run.checkpoints)}:
+        if self.ranks.on_main(lambda: self.step in {c.step for c in list_checkpoints(self.run.checkpoints)}):
             return
-        saved = save_checkpoint(self.run.checkpoints, self.step, *collect_state(self))
-        best = self.run.best()
-        prune_checkpoints(self.run.checkpoints, self.config.keep_last, best["step"] if best else None)
+        saved = save_checkpoint(self.run.checkpoints, self.step, *collect_state(self), self.ranks)
+        if self.ranks.main:
+            best = self.run.best()
+            prune_checkpoints(self.run.checkpoints, self.config.keep_last, best["step"] if best else None)
         self._log("checkpoint", {"step": self.step, "path": saved.path.name})
         self.interval.watch.lap("checkpoint")
 
     def _resume(self) -> None:
-        checkpoint = newest_sound_checkpoint(
-            self.run.checkpoints, lambda text: self.notify("message", {"text": text})
-        )
-        if checkpoint is None:
-            text = "the run has no checkpoint yet: starting at its first step"
+        def newest() -> str | None:
+            found = newest_sound_checkpoint(self.run.checkpoints, self._say)
+            return None if found is None else found.path.name
+
+        name = self.ranks.on_main(newest)
+        if name is None:
+            self._say("the run has no checkpoint yet: starting at its first step")
         else:
-            restore_state(self, checkpoint)
-            text = f"resumed from {checkpoint.path.name}"
+            restore_state(self, Checkpoint(self.run.checkpoints / name), self._say)
+            self._say(f"resumed from {name}")
+
+    def _say(self, text: str) -> None:
         self.notify("message", {"text": text})
 
 
-def _check_same_run(run: Run, dataset: Dataset, config: TrainConfig) -> None:
-    """CheckpointError if the run was made from other data or with other settings."""
-    if run.meta["data"]["fingerprint"] != fingerprint(dataset):
-        raise CheckpointError(f"{run.path}: was trained on another data set ({run.meta['data']['path']}).")
-    old, new = run.config.to_mapping(), config.to_mapping()
-    for name in old.keys() | new.keys():
-        if name not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
-            raise CheckpointError(
-                f"{run.path}: cannot be resumed with {name} = {new.get(name)!r}; the run has {old.get(name)!r}."
-            )
+def _say_nothing(_event: str, _facts: dict[str, Any]) -> None:
+    """A `Notify` for those who do not listen."""

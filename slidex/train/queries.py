@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from slidex.data.csr import CsrArrays
 from slidex.lsh.index import QuerySample
 from slidex.nn.classifier import PREDICT_ROWS
 from slidex.train.settle import STREAM_QUERIES, counter_rng
 
 if TYPE_CHECKING:
-    from slidex.data.csr import CsrArrays
     from slidex.nn.encoder import BagEncoder
+    from slidex.nn.sharding import Shard
 
 
 def draw_queries(
@@ -40,4 +41,15 @@ def draw_queries(
     labels = y.take(chosen)
     return QuerySample(
         torch.cat(blocks), torch.from_numpy(labels.indptr), torch.from_numpy(labels.indices).long()
+    )
+
+
+def own_classes(sample: QuerySample, shard: Shard) -> QuerySample:
+    """The same hidden vectors with those of their true classes that a process has, counted from its first."""
+    labels = CsrArrays(sample.label_indptr.numpy(), sample.label_ids.numpy(), None, shard.num_classes)
+    own = shard.local(labels)
+    return QuerySample(
+        sample.hidden_ND,
+        torch.from_numpy(own.indptr),
+        torch.from_numpy(own.indices).to(sample.label_ids.dtype),
     )

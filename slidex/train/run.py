@@ -48,6 +48,18 @@ META_FIELDS = {
 """What ``run.json`` must have beside format and version."""
 
 
+RESUME_MAY_CHANGE = {
+    "epochs",
+    "max_steps",
+    "patience",
+    "checkpoint_every",
+    "keep_last",
+    "report_every",
+    "threads",
+}
+"""Settings that a resumed run may have another value of."""
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A run directory, open for reading. Make one with `Run.create`, read one with `Run.open`."""
@@ -228,6 +240,11 @@ class Run:
             index = model.index
             if index is None:
                 raise ConfigError(f"{self.path}: was trained without an index; use exact scoring.")
+            if index.uses_queries and checkpoint.processes > 1:
+                raise ConfigError(
+                    f"{self.path}: what its index learned is in {checkpoint.processes} parts, of the processes that "
+                    "trained it, and cannot be joined; use exact scoring."
+                )
             if index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
                 try:
                     index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
@@ -246,3 +263,15 @@ def fingerprint(dataset: Dataset) -> str:
     """A checksum over the data set's own checksums."""
     text = json.dumps(dataset.meta["files"], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_same_run(run: Run, dataset: Dataset, config: TrainConfig) -> None:
+    """CheckpointError if the run was made from other data or with other settings."""
+    if run.meta["data"]["fingerprint"] != fingerprint(dataset):
+        raise CheckpointError(f"{run.path}: was trained on another data set ({run.meta['data']['path']}).")
+    old, new = run.config.to_mapping(), config.to_mapping()
+    for name in old.keys() | new.keys():
+        if name not in RESUME_MAY_CHANGE and old.get(name) != new.get(name):
+            raise CheckpointError(
+                f"{run.path}: cannot be resumed with {name} = {new.get(name)!r}; the run has {old.get(name)!r}."
+            )

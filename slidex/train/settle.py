@@ -11,6 +11,7 @@ import numpy as np
 from slidex import doctor
 from slidex.nn.selection import make_config_index, settle_sampling
 from slidex.threads import set_threads
+from slidex.train.distributed import Solo
 
 if TYPE_CHECKING:
     from slidex.data import Dataset
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
 STREAM_ORDER, STREAM_VALID, STREAM_PROBE, STREAM_QUERIES = range(4)
 
 
-def settle(config: TrainConfig, dataset: Dataset) -> TrainConfig:
+def settle(config: TrainConfig, dataset: Dataset, processes: Solo | None = None) -> TrainConfig:
     """Replaces every ``auto`` by what it means for this data set on this machine, and sets the thread counts.
+
+    Args:
+        config: As the user gave it.
+        dataset: What it is for.
+        processes: Of the job, which share the cores; None is this one alone.
 
     Raises:
         ConfigError: if the index or its options do not exist or do not fit, in every mode; or if another setting has
             no meaning in the mode.
     """
-    set_threads(config.threads)
+    set_threads(config.threads, (processes or Solo()).local_size)
     width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
     if config.mode == "auto":
         native = config.precision == "auto" and doctor.has_native_bf16() is True

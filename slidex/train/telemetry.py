@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slidex.train.distributed import Solo
 
 
 @dataclass
@@ -38,6 +41,13 @@ class Interval:
     index_updates: int = 0
     rows_rehashed: int = 0
     watch: Stopwatch = field(default_factory=Stopwatch)
+
+    def add_up(self, ranks: Solo) -> None:
+        """Replaces what processes count for their own classes by the sum; rows and losses are of all anyway."""
+        self.active, rehashes, updates, hashed = ranks.totals(
+            self.active, self.rehashes, self.index_updates, self.rows_rehashed
+        )
+        self.rehashes, self.index_updates, self.rows_rehashed = int(rehashes), int(updates), int(hashed)
 
     def facts(self) -> dict[str, Any]:
         """Means and rates over the interval, which ends now."""
