@@ -34,7 +34,7 @@ EXACT: dict[str, Any] = {
 SAMPLED = EXACT | {"index_options": {"bits": 3, "tables": 6}, "rehash_every": 3, "correction": "stratified"}
 SHARED = SAMPLED | {"mode": "shared", "pool_size": 41}
 LEARNED = SHARED | {"index": "learned", "index_options": {}, "index_sample": 200, "rehash": "fixed"}
-UPDATES = SHARED | {"batch_size": 8, "pool_size": 11, "rehash": "fixed", "rehash_every": 1}
+UPDATES = SHARED | {"batch_size": 4, "pool_size": 5, "rehash": "fixed", "rehash_every": 1}
 PER_SAMPLE = SAMPLED | {
     "mode": "per_sample", "active_size": 31, "rehash": "drift", "rehash_drift": 0.01, "loss": "logistic",
     "optimizer": "rowwise_adagrad", "dense_widths": [],
