@@ -68,6 +68,7 @@ class Race:
     lines: tuple[str, ...] = (*SAMPLED, ADAPTIVE)
 
 
+LONG = Race()
 SHORT = Race(laps=5, dense_steps=12, lines=("simhash", "random, by frequency"))
 SHORTEST = Race(laps=2, dense_steps=5, test_rows=1024, lines=("simhash",))
 
@@ -277,9 +278,9 @@ def summary(name: str, run: Run, steps: int) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, help="Directory of the raw sets.")
-@click.option("--laps", default=Race.laps, show_default=True)
+@click.option("--laps", default=LONG.laps, show_default=True)
 @click.option(
-    "--dense-steps", default=Race.dense_steps, show_default=True, help="Of the dense softmax, a lap."
+    "--dense-steps", default=LONG.dense_steps, show_default=True, help="Of the dense softmax, a lap."
 )
 @click.option("--threads", type=int, help="Default: all cores.")
 def main(data: Path, laps: int, dense_steps: int, threads: int | None) -> None:
