@@ -84,7 +84,7 @@ def test_a_window_is_the_words_before_its_place(text8) -> None:
     assert torch.equal(draws[0][1], text8.random_windows(words, 500, 3, seed=0, step=1)[1])
 
 
-LINES = ("simhash", "random, by frequency", "torch dense", "torch adaptive")
+LINES = ("simhash", "random by frequency", "torch dense", "torch adaptive")
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -161,7 +161,7 @@ def test_a_race_gives_all_the_same_time_and_measures_them_after_the_same_steps(
         assert [point.seconds for point in run.curve] == ([0, 24, 48] if dense else [0, 16, 24, 48])
         assert run.curve[-1].perplexity < run.curve[0].perplexity
         assert language_model.after_steps(run.curve, 16) < run.curve[0].perplexity
-    found = language_model.lines(small_text, runs)
+    found = language_model.table_lines(small_text, runs)
     assert [line.unit for line in found] == ["ms", "s", ""] * 2
     assert [line.facts()["ratio"] for line in found[::3]] == [3, 3]
     assert all(len(line.cells()) == 9 for line in found)
@@ -178,7 +178,7 @@ def test_losses_that_are_compared_are_of_the_same_rows_and_weights(
         monkeypatch.setitem(settings, "pool_size", WORDS)  # at random_share 1 all words: the loss is exact
         monkeypatch.setitem(settings, "random_share", 1.0)
     start = heads.first_layer(small_text.counts)
-    model = language_model.make_model("random words", start, small_text.counts)
+    model = language_model.make_model("random", start, small_text.counts)
     before = model.head.weight.detach().clone()
     lines = language_model.estimates(model, small_text, batches=3)
     assert [line["correction"] for line in lines] == ["none", "stratified", "logq"] * len(
