@@ -60,9 +60,10 @@ DENSE, ADAPTIVE = "torch dense", "torch adaptive"
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """How long: laps, steps of the dense softmax in each, places that perplexity is measured on, and who takes part."""
+    """How long: laps, the dense softmax's steps in each, rows and laps of measuring, and who runs against it."""
 
     laps: int = 5
+    measure_every: int = 2
     dense_steps: int = 60
     test_rows: int = 4096
     lines: tuple[str, ...] = (*SAMPLED, ADAPTIVE)
@@ -165,7 +166,10 @@ def run_race(
     for name in (DENSE, *race.lines):
         Run(make_model(name, start, text.counts), text.train).train(steps=2)  # compiles, warms up
         runs[name] = Run(make_model(name, start, text.counts), text.train, clock)
-        runs[name].measure(sample)
+        if name in SAMPLED:  # starts with the same weights as the dense softmax
+            runs[name].curve += runs[DENSE].curve
+        else:
+            runs[name].measure(sample)
     for lap in range(race.laps):
         for name, run in runs.items():
             before = run.step, run.seconds
@@ -174,7 +178,7 @@ def run_race(
             else:
                 catch_up(run, runs[DENSE].seconds, steps, sample)
             run.laps.append(1e3 * (run.seconds - before[1]) / (run.step - before[0]))
-            if (race.laps - lap) % 2:  # every second lap, and the last
+            if (race.laps - lap - 1) % race.measure_every == 0:
                 run.measure(sample)
             last = run.curve[-1]
             notify(
@@ -193,7 +197,7 @@ def catch_up(run: Run, seconds: float, steps: int, sample: Sample) -> None:
     run.train(seconds=seconds - run.seconds)
 
 
-def estimates(model: SampledModel, text: Text, batches: int = 20) -> list[dict[str, Any]]:
+def estimates(model: SampledModel, text: Text, batches: int = 10) -> list[dict[str, Any]]:
     """Loss of training batches by each way of sampling, without and with correction, beside their exact loss.
 
     Args:
@@ -286,17 +290,20 @@ def summary(name: str, run: Run, steps: int) -> dict[str, Any]:
 @click.option(
     "--dense-steps", default=LONG.dense_steps, show_default=True, help="Of the dense softmax, a lap."
 )
+@click.option("--measure-every", default=LONG.measure_every, show_default=True, help="Laps, up to the last.")
 @click.option("--lines", default=",".join(LONG.lines), show_default=True, help="Who runs against it.")
 @click.option("--threads", type=int, help="Default: all cores.")
 @click.option("--cpu", is_flag=True, help="Count CPU seconds: for --threads 1 on cores that others use too.")
-def main(data: Path, laps: int, dense_steps: int, lines: str, threads: int | None, cpu: bool) -> None:
+def main(
+    data: Path, laps: int, dense_steps: int, measure_every: int, lines: str, threads: int | None, cpu: bool
+) -> None:
     """Print the tables and write them as JSON."""
     set_threads(threads)
     facts, text = {**machine(), "seconds": "CPU" if cpu else "wall clock"}, load_text8(data)
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     runs = run_race(
         text,
-        Race(laps=laps, dense_steps=dense_steps, lines=tuple(lines.split(","))),
+        Race(laps, measure_every, dense_steps, lines=tuple(lines.split(","))),
         lambda line: click.echo(f"  {line}", err=True),
         time.process_time if cpu else time.perf_counter,
     )

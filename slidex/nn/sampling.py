@@ -77,8 +77,7 @@ class Sampling:
     def __init__(self, options: SamplingOptions, in_features: int, num_classes: int) -> None:
         self.options = options
         self.settings = settle_sampling(options)
-        counts = options.class_counts
-        counts = None if counts is None else np.asarray(counts, dtype=np.int64)
+        counts = _checked_counts(options.class_counts, num_classes)
         if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
             raise ConfigError(
                 "The 'class_counts' setting must be given where 'correction' is logq. Got None instead."
@@ -302,6 +301,19 @@ class Sampling:
         optimizer = self.settings.optimizer or "adam"
         bias_state = None if bias_C is None else RowState.zeros_like(bias_C, optimizer)
         return RowState.zeros_like(weight_CD, optimizer), bias_state
+
+
+def _checked_counts(counts: Any, num_classes: int) -> np.ndarray | None:
+    """The setting 'class_counts' as float64 (C,), or None."""
+    if counts is None:
+        return None
+    values = np.asarray(counts, dtype=np.float64)
+    if values.shape != (num_classes,) or not (np.isfinite(values) & (values >= 0)).all():
+        found = f"shape {values.shape}, values from {values.min(initial=0)} to {values.max(initial=0)}"
+        raise ConfigError(
+            f"The 'class_counts' setting must hold {num_classes} finite counts of at least 0. Got {found} instead."
+        )
+    return values
 
 
 class _SampledLoss(torch.autograd.Function):

@@ -96,7 +96,7 @@ def make_selector(
         settings: From `settle_sampling`.
         in_features: D.
         num_classes: C.
-        class_counts: int64 (C,), training frequency of every class; None where no setting needs it.
+        class_counts: Integer or float (C,), training frequency of every class; None where no setting needs it.
 
     Raises:
         ConfigError: as `make_config_index`, or if nothing but true classes would be active.
