@@ -148,7 +148,9 @@ def test_a_race_gives_all_the_same_time_and_measures_them_after_the_same_steps(
         return dense_step(model, *batch)
 
     monkeypatch.setattr(language_model.DenseModel, "step", slow_step)
-    race = language_model.Race(laps=2, dense_steps=8, test_rows=100, lines=LINES[:2] + LINES[3:])
+    race = language_model.Race(
+        laps=2, measure_every=1, dense_steps=8, test_rows=100, lines=LINES[:2] + LINES[3:]
+    )
     told = []
     runs = language_model.run_race(small_text, race, told.append, lambda: float(next(ticks)))
     assert list(runs) == [language_model.DENSE, *race.lines]

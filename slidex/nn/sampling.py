@@ -342,7 +342,7 @@ class _SampledLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (upstream,) = grad_outputs
         nothing = (None,) * 8
         if upstream is None:
