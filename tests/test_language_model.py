@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = 40
@@ -220,3 +221,30 @@ def test_a_run_stops_after_steps_or_seconds_whichever_comes_first(language_model
     assert (run.step, run.seconds) == (7, 7)
     run.train(seconds=0)
     assert run.step == run.model.steps == 7
+
+
+def test_make_bench_skips_what_has_no_data_and_says_so(monkeypatch, tmp_path) -> None:
+    command = importlib.import_module("benchmarks.__main__")
+    datasets = importlib.import_module("benchmarks.datasets")
+    report = importlib.import_module("benchmarks.report")
+    kind, values, *_ = datasets.MissingDataError("text8.xz: no such file").__reduce__()
+    error = kind(*values)  # as it comes out of a child process
+    line = report.Comparison("work", "rival", "ms", [1.0], [2.0])
+    written = []
+
+    def run(function, *_arguments):
+        if function is importlib.import_module("benchmarks.language_model").compare:
+            raise error
+        return [line]
+
+    monkeypatch.setattr(command, "in_child", run)
+    monkeypatch.setattr(command, "set_threads", lambda _threads: None)
+    monkeypatch.setattr(command, "write_results", lambda *arguments: written.append(arguments))
+    arguments = ["--only", "language", "--only", "kernels", "--data", str(tmp_path)]
+    result = CliRunner().invoke(command.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "\nskipped, part language: text8.xz: no such file\n" in result.stdout
+    assert [name for name, *_ in written] == ["bench-language-kernels"]
+    assert written[0][2] == [line.facts()]
+    assert "language" in command.PARTS
+    assert "language" not in command.QUICK_PARTS
