@@ -49,9 +49,9 @@ TEST_SEED, ESTIMATE_SEED = 1, 2
 """Of the places that are tested, and of those on which losses are compared; runs draw with seed 0."""
 SAMPLED: dict[str, dict[str, Any]] = {
     "simhash": {},
-    "random words": {"index": "none"},
-    "simhash, by frequency": {"random_power": 0.75},
-    "random, by frequency": {"index": "none", "random_power": 0.75},
+    "random": {"index": "none"},
+    "simhash by frequency": {"random_power": 0.75},
+    "random by frequency": {"index": "none", "random_power": 0.75},
 }
 """Sampling options of each line, over the defaults: shared pool, 4,096 negatives, correction stratified."""
 ADAPTIVE_CUTOFFS = (2_000, 20_000)
@@ -60,15 +60,17 @@ DENSE, ADAPTIVE = "torch dense", "torch adaptive"
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """How long: laps, steps of the dense softmax in each, places that perplexity is measured on, and who takes part."""
+    """How long: laps, the dense softmax's steps in each, rows and laps of measuring, and who runs against it."""
 
     laps: int = 5
+    measure_every: int = 2
     dense_steps: int = 60
     test_rows: int = 4096
     lines: tuple[str, ...] = (*SAMPLED, ADAPTIVE)
 
 
-SHORT = Race(laps=5, dense_steps=12, lines=("simhash", "random, by frequency"))
+LONG = Race()
+SHORT = Race(laps=5, dense_steps=12, lines=("simhash", "random by frequency"))
 SHORTEST = Race(laps=2, dense_steps=5, test_rows=1024, lines=("simhash",))
 
 
@@ -164,7 +166,10 @@ def run_race(
     for name in (DENSE, *race.lines):
         Run(make_model(name, start, text.counts), text.train).train(steps=2)  # compiles, warms up
         runs[name] = Run(make_model(name, start, text.counts), text.train, clock)
-        runs[name].measure(sample)
+        if name in SAMPLED:  # starts with the same weights as the dense softmax
+            runs[name].curve += runs[DENSE].curve
+        else:
+            runs[name].measure(sample)
     for lap in range(race.laps):
         for name, run in runs.items():
             before = run.step, run.seconds
@@ -173,9 +178,13 @@ def run_race(
             else:
                 catch_up(run, runs[DENSE].seconds, steps, sample)
             run.laps.append(1e3 * (run.seconds - before[1]) / (run.step - before[0]))
-            run.measure(sample)
+            if (race.laps - lap - 1) % race.measure_every == 0:
+                run.measure(sample)
             last = run.curve[-1]
-            notify(f"lap {lap + 1}, {name}: {last.step:,} steps, {last.seconds:.1f} s, {last.perplexity:.1f}")
+            notify(
+                f"lap {lap + 1}, {name}: {run.step:,} steps, {run.seconds:.1f} s, {run.laps[-1]:.1f} ms a step; "
+                f"perplexity {last.perplexity:.1f} after {last.step:,} steps"
+            )
     return runs
 
 
@@ -188,7 +197,7 @@ def catch_up(run: Run, seconds: float, steps: int, sample: Sample) -> None:
     run.train(seconds=seconds - run.seconds)
 
 
-def estimates(model: SampledModel, text: Text, batches: int = 20) -> list[dict[str, Any]]:
+def estimates(model: SampledModel, text: Text, batches: int = 10) -> list[dict[str, Any]]:
     """Loss of training batches by each way of sampling, without and with correction, beside their exact loss.
 
     Args:
@@ -225,7 +234,7 @@ def estimates(model: SampledModel, text: Text, batches: int = 20) -> list[dict[s
     return results
 
 
-def lines(text: Text, runs: Mapping[str, Run]) -> list[Comparison]:
+def table_lines(text: Text, runs: Mapping[str, Run]) -> list[Comparison]:
     """What ``make bench`` shows: time of a step, time to what dense ends with, and perplexity after equal time."""
     dense, found = runs[DENSE], []
     reached = dense.curve[-1].perplexity
@@ -259,7 +268,7 @@ def lines(text: Text, runs: Mapping[str, Run]) -> list[Comparison]:
 def compare(data: Path, race: Race = SHORT) -> list[Comparison]:
     """A part of ``make bench``: fit for a process of its own."""
     text = load_text8(data)
-    return lines(text, run_race(text, race, lambda line: click.echo(f"  {line}", err=True)))
+    return table_lines(text, run_race(text, race, lambda line: click.echo(f"  {line}", err=True)))
 
 
 def summary(name: str, run: Run, steps: int) -> dict[str, Any]:
@@ -277,20 +286,26 @@ def summary(name: str, run: Run, steps: int) -> dict[str, Any]:
 
 @click.command(help=__doc__)
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, help="Directory of the raw sets.")
-@click.option("--laps", default=Race.laps, show_default=True)
+@click.option("--laps", default=LONG.laps, show_default=True)
 @click.option(
-    "--dense-steps", default=Race.dense_steps, show_default=True, help="Of the dense softmax, a lap."
+    "--dense-steps", default=LONG.dense_steps, show_default=True, help="Of the dense softmax, a lap."
 )
+@click.option("--measure-every", default=LONG.measure_every, show_default=True, help="Laps, up to the last.")
+@click.option("--lines", default=",".join(LONG.lines), show_default=True, help="Who runs against it.")
 @click.option("--threads", type=int, help="Default: all cores.")
-def main(data: Path, laps: int, dense_steps: int, threads: int | None) -> None:
+@click.option("--cpu", is_flag=True, help="Count CPU seconds: for --threads 1 on cores that others use too.")
+def main(
+    data: Path, laps: int, dense_steps: int, measure_every: int, lines: str, threads: int | None, cpu: bool
+) -> None:
     """Print the tables and write them as JSON."""
     set_threads(threads)
-    facts, text = machine(), load_text8(data)
+    facts, text = {**machine(), "seconds": "CPU" if cpu else "wall clock"}, load_text8(data)
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     runs = run_race(
         text,
-        Race(laps=laps, dense_steps=dense_steps),
+        Race(laps, measure_every, dense_steps, lines=tuple(lines.split(","))),
         lambda line: click.echo(f"  {line}", err=True),
+        time.process_time if cpu else time.perf_counter,
     )
     steps, seconds = runs[DENSE].step, runs[DENSE].seconds
     results = [summary(name, run, steps) for name, run in runs.items()]
@@ -300,7 +315,8 @@ def main(data: Path, laps: int, dense_steps: int, threads: int | None) -> None:
         cells = (statistics.median(times), min(times), max(times), line["steps"], after, line["perplexity"])
         print_row(line["line"], [f"{cell:,.5g}" for cell in cells])
     print_row("loss by sampling", ("correction", "exact", "sampled", "difference", "s.e."))
-    for line in estimates(runs["simhash"].model, text):
+    scoring = next(run.model for run in runs.values() if isinstance(run.model, SampledModel))
+    for line in estimates(scoring, text):
         cells = [f"{line[key]:.3f}" for key in ("exact loss", "sampled loss", "difference", "standard error")]
         print_row(line["line"], (line["correction"], *cells))
         results.append(line)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = 40
@@ -84,7 +85,7 @@ def test_a_window_is_the_words_before_its_place(text8) -> None:
     assert torch.equal(draws[0][1], text8.random_windows(words, 500, 3, seed=0, step=1)[1])
 
 
-LINES = ("simhash", "random, by frequency", "torch dense", "torch adaptive")
+LINES = ("simhash", "random by frequency", "torch dense", "torch adaptive")
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -148,7 +149,9 @@ def test_a_race_gives_all_the_same_time_and_measures_them_after_the_same_steps(
         return dense_step(model, *batch)
 
     monkeypatch.setattr(language_model.DenseModel, "step", slow_step)
-    race = language_model.Race(laps=2, dense_steps=8, test_rows=100, lines=LINES[:2] + LINES[3:])
+    race = language_model.Race(
+        laps=2, measure_every=1, dense_steps=8, test_rows=100, lines=LINES[:2] + LINES[3:]
+    )
     told = []
     runs = language_model.run_race(small_text, race, told.append, lambda: float(next(ticks)))
     assert list(runs) == [language_model.DENSE, *race.lines]
@@ -161,7 +164,7 @@ def test_a_race_gives_all_the_same_time_and_measures_them_after_the_same_steps(
         assert [point.seconds for point in run.curve] == ([0, 24, 48] if dense else [0, 16, 24, 48])
         assert run.curve[-1].perplexity < run.curve[0].perplexity
         assert language_model.after_steps(run.curve, 16) < run.curve[0].perplexity
-    found = language_model.lines(small_text, runs)
+    found = language_model.table_lines(small_text, runs)
     assert [line.unit for line in found] == ["ms", "s", ""] * 2
     assert [line.facts()["ratio"] for line in found[::3]] == [3, 3]
     assert all(len(line.cells()) == 9 for line in found)
@@ -178,7 +181,7 @@ def test_losses_that_are_compared_are_of_the_same_rows_and_weights(
         monkeypatch.setitem(settings, "pool_size", WORDS)  # at random_share 1 all words: the loss is exact
         monkeypatch.setitem(settings, "random_share", 1.0)
     start = heads.first_layer(small_text.counts)
-    model = language_model.make_model("random words", start, small_text.counts)
+    model = language_model.make_model("random", start, small_text.counts)
     before = model.head.weight.detach().clone()
     lines = language_model.estimates(model, small_text, batches=3)
     assert [line["correction"] for line in lines] == ["none", "stratified", "logq"] * len(
@@ -218,3 +221,30 @@ def test_a_run_stops_after_steps_or_seconds_whichever_comes_first(language_model
     assert (run.step, run.seconds) == (7, 7)
     run.train(seconds=0)
     assert run.step == run.model.steps == 7
+
+
+def test_make_bench_skips_what_has_no_data_and_says_so(monkeypatch, tmp_path) -> None:
+    command = importlib.import_module("benchmarks.__main__")
+    datasets = importlib.import_module("benchmarks.datasets")
+    report = importlib.import_module("benchmarks.report")
+    kind, values, *_ = datasets.MissingDataError("text8.xz: no such file").__reduce__()
+    error = kind(*values)  # as it comes out of a child process
+    line = report.Comparison("work", "rival", "ms", [1.0], [2.0])
+    written = []
+
+    def run(function, *_arguments):
+        if function is importlib.import_module("benchmarks.language_model").compare:
+            raise error
+        return [line]
+
+    monkeypatch.setattr(command, "in_child", run)
+    monkeypatch.setattr(command, "set_threads", lambda _threads: None)
+    monkeypatch.setattr(command, "write_results", lambda *arguments: written.append(arguments))
+    arguments = ["--only", "language", "--only", "kernels", "--data", str(tmp_path)]
+    result = CliRunner().invoke(command.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "\nskipped, part language: text8.xz: no such file\n" in result.stdout
+    assert [name for name, *_ in written] == ["bench-language-kernels"]
+    assert written[0][2] == [line.facts()]
+    assert "language" in command.PARTS
+    assert "language" not in command.QUICK_PARTS

@@ -86,9 +86,8 @@ class Sampling:
         self.options, self.shard, self.total_classes = options, shard, num_classes
         self.settings = settle_sampling(options)
         own = slice(0, num_classes) if shard is None else slice(shard.begin, shard.end)
-        num_classes = own.stop - own.start
-        counts = options.class_counts
-        counts = None if counts is None else np.asarray(counts, dtype=np.int64)[own]
+        counts = _checked_counts(options.class_counts, num_classes)
+        counts, num_classes = None if counts is None else counts[own], own.stop - own.start
         if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
             raise ConfigError(
                 "The 'class_counts' setting must be given where 'correction' is logq. Got None instead."
@@ -353,3 +352,16 @@ class Sampling:
         optimizer = self.settings.optimizer or "adam"
         bias_state = None if bias_C is None else RowState.zeros_like(bias_C, optimizer)
         return RowState.zeros_like(weight_CD, optimizer), bias_state
+
+
+def _checked_counts(counts: Any, num_classes: int) -> np.ndarray | None:
+    """The setting 'class_counts' as float64 (C,), or None."""
+    if counts is None:
+        return None
+    values = np.asarray(counts, dtype=np.float64)
+    if values.shape != (num_classes,) or not (np.isfinite(values) & (values >= 0)).all():
+        found = f"shape {values.shape}, values from {values.min(initial=0)} to {values.max(initial=0)}"
+        raise ConfigError(
+            f"The 'class_counts' setting must hold {num_classes} finite counts of at least 0. Got {found} instead."
+        )
+    return values

@@ -103,7 +103,7 @@ def make_selector(
         settings: From `settle_sampling`.
         in_features: D.
         num_classes: C.
-        class_counts: int64 (C,), training frequency of every class; None where no setting needs it.
+        class_counts: Integer or float (C,), training frequency of every class; None where no setting needs it.
         part: Which part of a sharded layer the C classes are: it has its own share of the negatives, and other random
             numbers than the others.
         parts: How many parts there are.
