@@ -243,6 +243,19 @@ class MetricAccumulator:
         return metrics
 
 
+def first_is_true(first_N: np.ndarray, labels: CsrArrays) -> np.ndarray:
+    """Whether each row's first prediction is one of its true classes: bool (N,).
+
+    Args:
+        first_N: integer (N,), -1 for none.
+        labels: N rows, the true classes.
+    """
+    hit_N = np.zeros(len(first_N), dtype=bool)
+    rows_P = labels.row_ids()
+    hit_N[rows_P[np.asarray(labels.indices) == first_N[rows_P]]] = True
+    return hit_N
+
+
 def format_metrics(result: dict[str, Any]) -> str:
     """A table for a terminal, in percent: one line a metric, one column each for all classes and the groups.
 
@@ -295,7 +308,7 @@ def _checked_groups(groups: ClassGroups, num_classes: int) -> tuple[str, ...]:
     """The names, if every class is in one of the groups."""
     group_C = groups.group_C
     fits = group_C.dtype == np.int8 and group_C.shape == (num_classes,)
-    fits = fits and 0 <= group_C.min() and group_C.max() < len(groups.names)
+    fits = fits and group_C.min() >= 0 and group_C.max() < len(groups.names)
     constraint = f"int8 ({num_classes},) with places in {groups.names}"
     _require(fits, "groups", "MetricAccumulator", constraint, (str(group_C.dtype), *group_C.shape))
     return groups.names

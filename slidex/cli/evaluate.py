@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -38,7 +39,9 @@ def parse_ks(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
 @click.option("--k", default="1,3,5", callback=parse_ks, help="Cut-offs, comma-separated.")
 @click.option("--split", default="test", help="Which split of DATA.")
 @click.option(
-    "--by-frequency", is_flag=True, help="Also P and recall by deciles of class frequency (of the label mass)."
+    "--by-frequency",
+    is_flag=True,
+    help="Also P and recall by deciles of class frequency (of the label mass).",
 )
 @click.option(
     "--errors",
@@ -94,6 +97,8 @@ def evaluate(
         f"{run} on {data}, {split} split, {result['scoring']} scoring, "
         f"{result['microseconds_per_row']:.0f} µs per row"
     )
+    if result["scoring"] == "index":
+        click.echo("\n".join(index_lines(result)))
     click.echo(format_metrics(result))
     if by_frequency:
         click.echo("\nby class frequency (percent; deciles of the training labels)")
@@ -101,3 +106,20 @@ def evaluate(
     if errors:
         click.echo(f"\nworst {len(result['errors'])} mistakes (logits; training rows of each class)")
         click.echo(format_mistakes(result["errors"]))
+
+
+def index_lines(result: dict[str, Any]) -> list[str]:
+    """Which index was used, and what was found of it when it was tuned."""
+    from slidex.cli.tune_index import partition_lines, percent  # noqa: PLC0415
+
+    tuned = result.get("tuned_index")
+    if tuned is None:
+        return ["index: that of training; slidex tune-index chooses one for prediction"]
+    lines = [
+        f"tuned index: {tuned['index']}",
+        f"  tuned on {tuned['chosen_on']:,} rows of {tuned['source']}; on {tuned['reported_on']:,} others it kept "
+        f"{percent(tuned['hits'])} of exact scoring's hits at 1 and {percent(tuned['top-k'])} of its best {tuned['k']}",
+    ]
+    if tuned["source"] == f"the {result['split']} split":
+        lines.append(f"  these rows are among those of the {result['split']} split below")
+    return lines + partition_lines(tuned)

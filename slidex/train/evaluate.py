@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from slidex.errors import DataError
 from slidex.frequency import FrequencyAccumulator
 from slidex.metrics import MetricAccumulator
 from slidex.train.mistakes import MistakeKeeper
@@ -45,25 +44,20 @@ def evaluate(
 
     Returns:
         The metrics of `slidex.metrics.MetricAccumulator.compute`, with ``scoring`` ("exact" or "index"), ``rows``,
-        ``step`` and ``microseconds_per_row`` (of prediction alone); with `by_frequency` the records of
-        `slidex.frequency.FrequencyAccumulator.compute` as ``by_frequency``; with `errors` those of
+        ``step`` and ``microseconds_per_row`` (of prediction alone). With `indexed`, where an index was tuned, also
+        ``tuned_index``: what it is and what `slidex.train.tuning.tune` measured. With `by_frequency` the records of
+        `slidex.frequency.FrequencyAccumulator.compute` as ``by_frequency``, with `errors` those of
         `slidex.train.mistakes.MistakeKeeper.worst` as ``errors``.
 
     Raises:
         DataError: if the data set has other sizes than the model, or no such split.
         CheckpointError: if the run's files are missing or altered.
     """
-    for name, found, trained in (
-        ("classes", dataset.num_classes, run.meta["num_classes"]),
-        ("features", dataset.num_features, run.meta["num_features"]),
-    ):
-        if found != trained:
-            raise DataError(
-                f"has {found:,} {name}; the run {run.path} was trained on {trained:,}.", path=dataset.path
-            )
+    run.check_sizes(dataset)
     rows = dataset.split(split)
     checkpoint = run.checkpoint()
     model = run.model(checkpoint, indexed=indexed)
+    tuned = run.tuned(checkpoint) if indexed else None
     counts, train_rows = run.class_counts(), run.meta["train_rows"]
     metrics = MetricAccumulator(counts, train_rows, ks=tuple(ks))
     deciles = FrequencyAccumulator(counts, train_rows, tuple(ks)) if by_frequency else None
@@ -89,6 +83,11 @@ def evaluate(
         "step": checkpoint.step,
         "microseconds_per_row": 1e6 * seconds / max(1, rows.num_rows),
         **metrics.compute(),
+        **(
+            {}
+            if tuned is None
+            else {"tuned_index": {"index": tuned.describe(), **tuned.rows, **tuned.report}}
+        ),
         **({} if deciles is None else {"by_frequency": deciles.compute()}),
         **({} if mistakes is None else {"errors": mistakes.worst()}),
     }

@@ -14,6 +14,7 @@ import torch
 
 from slidex.errors import ConfigError
 from slidex.kernels import cpu as kernels
+from slidex.metrics import first_is_true
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +70,7 @@ class MistakeKeeper:
             ids_NK: int64 (N, K), -1 where a row has fewer; a row without predictions is passed over.
         """
         top_N, labels_N = ids_NK[:, 0].numpy(), np.diff(y.indptr)
-        missed = np.flatnonzero((top_N >= 0) & (labels_N > 0) & ~_first_is_true(top_N, y))
+        missed = np.flatnonzero((top_N >= 0) & (labels_N > 0) & ~first_is_true(top_N, y))
         if len(missed) == 0:
             return
         own_y = y.take(missed)
@@ -124,13 +125,6 @@ class MistakeKeeper:
         ]
 
 
-def _first_is_true(top_N: np.ndarray, y: CsrArrays) -> np.ndarray:
-    hit_N = np.zeros(len(top_N), dtype=bool)
-    rows = y.row_ids()
-    hit_N[rows[np.asarray(y.indices) == top_N[rows]]] = True
-    return hit_N
-
-
 def _padded(y: CsrArrays) -> torch.Tensor:
     """True classes as int64 (N, most of any row), padded with -1."""
     counts_N = np.diff(y.indptr)
@@ -153,10 +147,13 @@ def format_mistakes(mistakes: Sequence[dict[str, Any]]) -> str:
         lines.append(f"row {mistake['row']}: margin {mistake['margin']:.2f}")
         features = ", ".join(item.get("name", f"#{item['id']}") for item in mistake["features"])
         lines.append(f"  features   {features or '-'}")
-        for name in ("true", "predicted"):
-            lines.append(f"  {name:<9}" + "".join(f"  {_shown(item)}" for item in mistake[name][:5]))
+        lines += [
+            f"  {name:<9}" + "".join(f"  {_shown(item)}" for item in mistake[name][:5])
+            for name in ("true", "predicted")
+        ]
     return "\n".join(lines)
 
 
 def _shown(item: dict[str, Any]) -> str:
-    return f"{item.get('name', '#%d' % item['id'])} {item['score']:.2f} ({item['training_rows']:,} rows)"
+    name = item.get("name", f"#{item['id']}")
+    return f"{name} {item['score']:.2f} ({item['training_rows']:,} rows)"
