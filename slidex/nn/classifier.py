@@ -142,15 +142,15 @@ class Classifier:
 
         Raises:
             DataError: if `x` has another number of features than the model.
-            ConfigError: if `indexed` is asked of a model without an index.
+            ConfigError: if `indexed` is asked of a model without an index, or with one that is not built.
         """
         if x.num_columns != self.encoder.bag.shape[0]:
             raise DataError(
                 f"the data have {x.num_columns:,} features; the model was trained on {self.encoder.bag.shape[0]:,}."
             )
         index = self.index if indexed else None
-        if indexed and (index is None or not index.stats().built):
-            raise ConfigError("Indexed prediction needs a model whose index is built.")
+        if indexed and index is None:
+            raise ConfigError("Indexed prediction needs a model with an index.")
         if indexed and totals and estimator is None:
             estimator = self.partition_estimator(k)
         for start in range(0, x.num_rows, PREDICT_ROWS):
