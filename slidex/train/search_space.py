@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 INSERTED = 16
 """Classes inserted per bucket."""
+MOST_TABLE_BYTES = 1 << 30
+"""Tables whose ids and codes take more are not tried."""
 MOST_GRAPH_CLASSES = 200_000
 """A graph over more rows takes minutes to build."""
 
@@ -53,6 +55,7 @@ def _hash_settings(num_classes: int, more_bits: Sequence[int], tables: Sequence[
         {"bits": b, "tables": count, "insert": INSERTED}
         for b in dict.fromkeys(min(MAX_BITS, bits + more) for more in more_bits)
         for count in tables
+        if num_classes * count * (6 if b <= 16 else 8) <= MOST_TABLE_BYTES
     ]
 
 

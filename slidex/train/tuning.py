@@ -34,7 +34,7 @@ from slidex.train.search_space import search_space
 from slidex.train.tuned import TunedIndex, learned_state, save_tuned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from slidex.data import CsrArrays, Dataset
     from slidex.lsh import CandidateIndex, QuerySample
@@ -206,29 +206,42 @@ def try_index(
     """Builds an index and looks for the fewest candidates that keep the recall.
 
     Returns:
-        The trial: ``index``, ``options``, ``build_seconds``, ``candidates``, ``hits``, ``P@1 kept``, ``top-k``,
-        ``microseconds_per_row`` of asking and scoring, and whether it ``meets`` the goal; and the index.
+        The trial: ``index``, ``options``, ``build_seconds`` and what `fewest_candidates` returns; and the index.
     """
     head = model.head
     started = time.perf_counter()
     index = make_index(name, head.in_features, head.num_classes, seed=seed, **options)
     index.build(head.weight, head.bias, queries=queries if index.uses_queries else None)
-    trial: dict[str, Any] = {
-        "index": name,
-        "options": options,
-        "build_seconds": time.perf_counter() - started,
-    }
-    counts = sorted({min(max(count, settings.k), head.num_classes) for count in CANDIDATES})
+    trial = {"index": name, "options": options, "build_seconds": time.perf_counter() - started}
+    return trial | fewest_candidates(model, index, exact, settings), index
+
+
+def fewest_candidates(
+    model: Classifier,
+    index: CandidateIndex,
+    exact: Exact,
+    settings: TuneSettings,
+    tried: Sequence[int] = CANDIDATES,
+) -> dict[str, Any]:
+    """The fewest candidates of those `tried` that keep the recall, or the most where none do.
+
+    Returns:
+        ``candidates``, ``hits``, ``P@1 kept``, ``top-k``, ``microseconds_per_row`` of asking and scoring, and whether
+        it ``meets`` the goal.
+    """
+    counts = sorted({min(max(count, settings.k), model.head.num_classes) for count in tried})
     shares = _prefix_shares(model, index, exact, counts, settings)
     first = next((i for i, found in enumerate(shares) if found >= settings.recall), len(counts) - 1)
+    trial: dict[str, Any] = {}
     for count in counts[first:]:  # an index need not give the same classes when asked for fewer
         ids_NK, seconds = _timed(model, index, exact, count, settings.k)
         found = exact.shares(ids_NK)
-        trial |= {"candidates": count, **found, "microseconds_per_row": 1e6 * seconds / len(exact.hidden_ND)}
-        trial["meets"] = (found[settings.measure] or 0.0) >= settings.recall
-        if trial["meets"]:
+        micros = 1e6 * seconds / len(exact.hidden_ND)
+        meets = (found[settings.measure] or 0.0) >= settings.recall
+        trial = {"candidates": count, **found, "microseconds_per_row": micros, "meets": meets}
+        if meets:
             break
-    return trial, index
+    return trial
 
 
 def _prefix_shares(
