@@ -16,7 +16,7 @@ from slidex.lsh import ClassSampler, exact_topk_and_total, index_settings, make_
 from slidex.nn.candidates import CandidateSelector
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
-from slidex.nn.partition import PARTITION_CLASSES, PartitionEstimator
+from slidex.nn.partition import PARTITION_CANDIDATES, PARTITION_CLASSES, PartitionEstimator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +137,8 @@ class Classifier:
             k: Classes per row.
             indexed: Score only the classes that the index returns; otherwise all classes.
             totals: Give the partition function: over all classes, or with `indexed` the estimate of
-                `PartitionEstimator`. Without, the third item is None.
+                `PartitionEstimator`, for which at least `PARTITION_CANDIDATES` classes are asked of the index (and
+                ranked). Without, the third item is None.
             estimator: From `partition_estimator`, where calls are many; None makes one for this call.
 
         Raises:
@@ -167,18 +168,21 @@ class Classifier:
     def _best_of(
         self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        asked = max(k, self.candidates)
-        candidates_NA = index.query(hidden_ND, asked)
         if estimator is None:
+            candidates_NA = index.query(hidden_ND, max(k, self.candidates))
             return *self.head.topk(hidden_ND, k, candidates_NA=candidates_NA), None
-        scores_NA, ids_NA = self.head.topk(hidden_ND, asked, candidates_NA=candidates_NA)
+        asked = self._partition_candidates(k)
+        scores_NA, ids_NA = self.head.topk(hidden_ND, asked, candidates_NA=index.query(hidden_ND, asked))
         log_total_N = estimator.log_total(hidden_ND, ids_NA, scores_NA)
         return scores_NA[:, :k], ids_NA[:, :k], log_total_N
 
     def partition_estimator(self, k: int) -> PartitionEstimator:
         """The estimator for indexed prediction of k classes, over today's weights."""
-        count = max(self.partition_classes, max(k, self.candidates) + 1)
+        count = max(self.partition_classes, self._partition_candidates(k) + 1)
         return PartitionEstimator(self.head.weight, self.head.bias, count, seed=0)
+
+    def _partition_candidates(self, k: int) -> int:
+        return max(k, self.candidates, PARTITION_CANDIDATES)
 
 
 def _for_training(config: TrainConfig) -> TrainConfig:

@@ -23,6 +23,9 @@ from slidex.lsh.index import check_integer
 
 PARTITION_CLASSES = 4096
 """Random classes by default."""
+PARTITION_CANDIDATES = 256
+"""The fewest classes retrieved for a row where its partition function is estimated: a few are enough to rank, but leave
+too much of Z to chance (docs/performance.md)."""
 _STREAM = 0x9A27
 
 

@@ -29,7 +29,7 @@ def search_space(num_classes: int, names: Sequence[str] | None) -> list[tuple[st
             it is installed, FAISS.
 
     Raises:
-        ConfigError: `names` is empty.
+        ConfigError: `names` is empty, or nothing of what it names fits into `MOST_TABLE_BYTES`.
     """
     space = {
         "simhash": _hash_settings(num_classes, (0, 2, 4), (16, 32, 64)),
@@ -45,7 +45,13 @@ def search_space(num_classes: int, names: Sequence[str] | None) -> list[tuple[st
             names += ["faiss-hnsw"] if num_classes <= MOST_GRAPH_CLASSES else []
     if not names:
         raise ConfigError("The 'indexes' parameter of tune-index must name an index. Got none instead.")
-    return [(name, options) for name in names for options in space.get(name, [{}])]
+    found = [(name, options) for name in names for options in space.get(name, [{}])]
+    if not found:
+        raise ConfigError(
+            f"The 'indexes' parameter of tune-index must name an index that fits {num_classes:,} classes into "
+            f"{MOST_TABLE_BYTES:,} bytes. Got {', '.join(names)} instead: none that fits."
+        )
+    return found
 
 
 def _hash_settings(num_classes: int, more_bits: Sequence[int], tables: Sequence[int]) -> list[dict[str, Any]]:

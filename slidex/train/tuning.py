@@ -25,7 +25,7 @@ import torch
 
 from slidex.errors import ConfigError, SlidexError
 from slidex.kernels import cpu as kernels
-from slidex.lsh import exact_topk_and_total, index_names, make_index
+from slidex.lsh import exact_topk_and_total, index_names, make_index, recall_at_k
 from slidex.metrics import first_is_true
 from slidex.nn.classifier import PREDICT_ROWS
 from slidex.nn.partition import PARTITION_CLASSES
@@ -117,12 +117,11 @@ class Exact:
     def shares(self, ids_NK: torch.Tensor) -> dict[str, float | None]:
         """``hits`` and ``top-k``, and P@1 of these predictions over exact's; None where exact has nothing to keep."""
         hit_N = first_is_true(ids_NK[:, 0].numpy(), self.y)
-        found = (self.ids_NK[:, :, None] == ids_NK[:, None, :]).any(dim=2) & (self.ids_NK >= 0)
         right = int(self.hit_N.sum())
         return {
             "hits": float((hit_N & self.hit_N).sum() / right) if right else None,
             "P@1 kept": float(hit_N.sum() / right) if right else None,
-            "top-k": float(found.sum() / (self.ids_NK >= 0).sum()),
+            "top-k": recall_at_k(ids_NK, self.ids_NK),
         }
 
 

@@ -68,6 +68,11 @@ def test_predict_says_which_index_it_uses(invoke, easy_data, trained, tuned):
     assert invoke("predict", run, easy_data.path).stderr == ""
 
 
+def test_inspect_names_it(invoke, trained, tuned):
+    assert "simhash (bits " in invoke("inspect", tuned[0]).stdout
+    assert json.loads(invoke("inspect", trained, "--json").stdout)["index of prediction"] is None
+
+
 def test_exact_probabilities_add_up(invoke, easy_data, trained):
     result = invoke("predict", trained, easy_data.path, "--probabilities", "--k", 300)
     for record in records(result.stdout):
