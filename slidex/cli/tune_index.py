@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from slidex.train.tuned import TunedIndex
 
 
+TRAINED_ON = "the train split: rows the model was trained on"
+"""`source` of the rows where there are no validation rows."""
+
+
 def parse_names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
     """``simhash,learned`` to its parts."""
     return None if value is None else tuple(part.strip() for part in value.split(",") if part.strip())
@@ -107,6 +111,8 @@ def report_lines(tuned: TunedIndex) -> list[str]:
         f"  a row alone                    {report['latency_p50_microseconds']:.0f} µs (p50), "
         f"{report['latency_p99_microseconds']:.0f} µs (p99)",
     ]
+    if rows["source"] == TRAINED_ON:
+        lines.append("  Rows that were trained on are easier: expect less of new ones. --split takes others.")
     if report["times_faster"] < 1:
         lines.append("  Exact scoring is faster: leave --index away.")
     return lines + partition_lines(report)
