@@ -14,6 +14,7 @@ import torch
 from slidex.errors import DataError
 from slidex.lsh import QuerySample
 from slidex.nn.classifier import PREDICT_ROWS
+from slidex.train.run import fingerprint
 from slidex.train.settle import STREAM_VALID, counter_rng
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def held_out(run: Run, dataset: Dataset, split: str | None, count: int) -> HeldO
     """At most `count` labelled rows in random order: of the split asked for, else validation rows, else training rows.
 
     Raises:
-        DataError: there is no such split, or it has fewer than 2 labelled rows.
+        DataError: there is no such split, it has fewer than 2 labelled rows, or rows of the training are wanted and
+            this is another data set.
     """
     config, none = run.config, np.empty(0, dtype=np.int64)
     if split is None and "valid" in dataset.splits:
@@ -62,6 +64,11 @@ def held_out(run: Run, dataset: Dataset, split: str | None, count: int) -> HeldO
     labelled = np.flatnonzero(np.diff(rows.y.indptr))
     source, excluded, own = f"the {name} split", none, name == "train"
     if split is None:
+        if run.meta["data"]["fingerprint"] != fingerprint(dataset):
+            raise DataError(
+                f"is not the data set that {run.path} was trained on, so its held-out rows are unknown: give --split.",
+                path=dataset.path,
+            )
         source = "the train split: rows the model was trained on"
         if config.valid_fraction > 0:  # as the training loop draws them
             source = "the run's validation rows"

@@ -154,19 +154,7 @@ def tune(
             f"there are no hits to keep. Got 'hits' instead, with {len(chooses.hit_N)} rows of {held.source}."
         )
     queries = training_queries(model, dataset, held.excluded, settings.train_rows)
-    trials, best, best_index = [], None, None
-    for name, options in search_space(dataset.num_classes, settings.indexes):
-        trial, index = try_index(model, name, options, chooses, queries, settings, run.config.seed)
-        trials.append(trial)
-        notify(trial)
-        if trial["meets"] and (best is None or trial["microseconds_per_row"] < best["microseconds_per_row"]):
-            best, best_index = trial, index
-    if best is None or best_index is None:
-        nearest = max(trials, key=lambda trial: trial[settings.measure])
-        raise SlidexError(
-            f"no index keeps {settings.recall:g} of {settings.measure}; the nearest is {nearest['index']} "
-            f"{nearest['options']} with {nearest[settings.measure]:.4f}. Lower --recall, or use exact scoring."
-        )
+    trials, best, best_index = _try_all(run, model, chooses, queries, settings, notify)
     tuned = TunedIndex(
         index=best["index"],
         options=best["options"],
@@ -191,6 +179,31 @@ def tune(
     tuned = replace(tuned, report=report(with_index, *held.half(True), settings.k))
     save_tuned(run.path, tuned, learned_state(best_index))
     return tuned
+
+
+def _try_all(
+    run: Run,
+    model: Classifier,
+    chooses: Exact,
+    queries: QuerySample,
+    settings: TuneSettings,
+    notify: Callable[[dict[str, Any]], None],
+) -> tuple[list[dict[str, Any]], dict[str, Any], CandidateIndex]:
+    """Every trial, the fastest that meets the goal, and its index."""
+    trials, best, best_index = [], None, None
+    for name, options in search_space(model.head.num_classes, settings.indexes):
+        trial, index = try_index(model, name, options, chooses, queries, settings, run.config.seed)
+        trials.append(trial)
+        notify(trial)
+        if trial["meets"] and (best is None or trial["microseconds_per_row"] < best["microseconds_per_row"]):
+            best, best_index = trial, index
+    if best is None or best_index is None:
+        nearest = max(trials, key=lambda trial: trial[settings.measure])
+        raise SlidexError(
+            f"no index keeps {settings.recall:g} of {settings.measure}; the nearest is {nearest['index']} "
+            f"{nearest['options']} with {nearest[settings.measure]:.4f}. Lower --recall, or use exact scoring."
+        )
+    return trials, best, best_index
 
 
 def try_index(

@@ -81,6 +81,13 @@ def test_rows_come_from_the_split_asked_for_else_validation_else_training(easy_d
     assert np.array_equal(none.x.indices, again.x.indices)
 
 
+def test_held_out_training_rows_of_another_data_set_are_unknown(split_data, trained):
+    meta = trained.meta | {"data": trained.meta["data"] | {"fingerprint": "another"}}
+    with pytest.raises(DataError, match=r"is not the data set that .* give --split"):
+        held_out(Run(trained.path, meta), split_data, None, 50)
+    assert held_out(Run(trained.path, meta), split_data, "test", 50).source == "the test split"
+
+
 def test_halves_share_no_row(split_data, trained):
     held = held_out(trained, split_data, "test", 41)
     (first, _), (second, _) = held.half(False), held.half(True)
