@@ -12,6 +12,7 @@ head, torso, tail), M sums.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -94,6 +95,19 @@ def class_groups(class_counts: np.ndarray, shares: tuple[float, float] = (1 / 3,
     return groups
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ClassGroups:
+    """A partition of the classes to report metrics for.
+
+    Args:
+        names: Of the groups.
+        group_C: int8 (C,), place of each class's group in `names`.
+    """
+
+    names: tuple[str, ...]
+    group_C: np.ndarray
+
+
 class MetricAccumulator:
     """Collects top-k predictions batch by batch and computes every metric of `METRICS` at every k.
 
@@ -110,7 +124,7 @@ class MetricAccumulator:
     PSnDCG   sum_j q hit_j / log2(j + 1), over nDCG's divisor  sum, over the best k true classes' sum
     ======== ================================================= =========================================
 
-    In a *group* (head, torso, tail) Y is cut down to the group's classes and only their hits count; ranks
+    In a *group* (by default head, torso, tail) Y is cut down to the group's classes and only their hits count; ranks
     stay those of the full ranking and k stays the divisor. Rows with no true class of the group take no part
     in the group's mean, so P@k of the three groups does not add up to P@k.
 
@@ -121,6 +135,7 @@ class MetricAccumulator:
         a: Propensity exponent.
         b: Propensity offset.
         shares: Bounds of head and torso, see `class_groups`.
+        groups: Other groups than head, torso and tail; `shares` then has no meaning.
         count_unlabelled: Rows without any true class count as 0 in the means of P, nDCG and recall, which is
             the repository's convention (napkinXC does so); False leaves them out. PSP and PSnDCG are
             the same either way.
@@ -138,6 +153,7 @@ class MetricAccumulator:
         b: float = 1.5,
         *,
         shares: tuple[float, float] = (1 / 3, 2 / 3),
+        groups: ClassGroups | None = None,
         count_unlabelled: bool = True,
     ) -> None:
         positive = len(ks) > 0 and all(isinstance(k, int | np.integer) and k >= 1 for k in ks)
@@ -145,10 +161,13 @@ class MetricAccumulator:
         self._ks = sorted({int(k) for k in ks})
         self._count_unlabelled = count_unlabelled
         self._inverse_C = 1 / propensities(class_counts, num_train_rows, a, b)
-        self._group_C = class_groups(class_counts, shares) + np.int8(1)  # 0 stands for all classes
+        if groups is None:
+            groups = ClassGroups(GROUPS, class_groups(class_counts, shares))
+        self._groups = _checked_groups(groups, len(self._inverse_C))
+        self._group_C = groups.group_C + np.int8(1)  # 0 stands for all classes
         self._discount_K = 1 / np.log2(np.arange(2, self._ks[-1] + 2))
-        self._sums_GMK = np.zeros((len(GROUPS) + 1, _BEST_PSNDCG + 1, self._ks[-1]))
-        self._rows_G = np.zeros(len(GROUPS) + 1, dtype=np.int64)
+        self._sums_GMK = np.zeros((len(self._groups) + 1, _BEST_PSNDCG + 1, self._ks[-1]))
+        self._rows_G = np.zeros(len(self._groups) + 1, dtype=np.int64)
         self._rows = 0
 
     def update(self, topk_ids: np.ndarray, labels: CsrArrays) -> None:
@@ -205,11 +224,11 @@ class MetricAccumulator:
         labelled = int(self._rows_G[0])
         result: dict[str, Any] = {"rows": self._rows, "rows_without_labels": self._rows - labelled}
         result |= self._metrics(0, self._rows if self._count_unlabelled else labelled)
-        sizes = np.bincount(self._group_C, minlength=len(GROUPS) + 1)
+        sizes = np.bincount(self._group_C, minlength=len(self._groups) + 1)
         result["groups"] = {
             name: {"classes": int(sizes[g]), "rows": int(self._rows_G[g])}
             | self._metrics(g, int(self._rows_G[g]))
-            for g, name in enumerate(GROUPS, start=1)
+            for g, name in enumerate(self._groups, start=1)
         }
         return result
 
@@ -222,6 +241,19 @@ class MetricAccumulator:
                 divisor = float(over_K[name][k - 1]) if name in over_K else rows
                 metrics[f"{name}@{k}"] = float(sums_MK[m, k - 1]) / divisor if divisor else None
         return metrics
+
+
+def first_is_true(first_N: np.ndarray, labels: CsrArrays) -> np.ndarray:
+    """Whether each row's first prediction is one of its true classes: bool (N,).
+
+    Args:
+        first_N: integer (N,), -1 for none.
+        labels: N rows, the true classes.
+    """
+    hit_N = np.zeros(len(first_N), dtype=bool)
+    rows_P = labels.row_ids()
+    hit_N[rows_P[np.asarray(labels.indices) == first_N[rows_P]]] = True
+    return hit_N
 
 
 def format_metrics(result: dict[str, Any]) -> str:
@@ -270,6 +302,16 @@ def _checked_counts(class_counts: np.ndarray, caller: str) -> np.ndarray:
     constraint = "a non-empty integer array (C,) without negative values"
     _require(integral, "class_counts", caller, constraint, (str(counts.dtype), *counts.shape))
     return counts.astype(np.int64)
+
+
+def _checked_groups(groups: ClassGroups, num_classes: int) -> tuple[str, ...]:
+    """The names, if every class is in one of the groups."""
+    group_C = groups.group_C
+    fits = group_C.dtype == np.int8 and group_C.shape == (num_classes,)
+    fits = fits and group_C.min() >= 0 and group_C.max() < len(groups.names)
+    constraint = f"int8 ({num_classes},) with places in {groups.names}"
+    _require(fits, "groups", "MetricAccumulator", constraint, (str(group_C.dtype), *group_C.shape))
+    return groups.names
 
 
 def _check_range(ids: np.ndarray, low: int, high: int, what: str) -> None:

@@ -20,6 +20,7 @@ from slidex.cli.inspect import doctor, inspect
 from slidex.cli.predict import predict
 from slidex.cli.prepare import prepare
 from slidex.cli.train import train
+from slidex.cli.tune_index import tune_index
 
 
 @click.group(
@@ -48,5 +49,5 @@ def main() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
-for command in (prepare, train, evaluate, predict, inspect, doctor):
+for command in (prepare, train, evaluate, tune_index, predict, inspect, doctor):
     main.add_command(command)

@@ -99,8 +99,10 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
     """What there is to say of a run."""
     from slidex.train.checkpoint import list_checkpoints  # noqa: PLC0415
     from slidex.train.run import Run  # noqa: PLC0415
+    from slidex.train.tuned import load_tuned  # noqa: PLC0415
 
     run = Run.open(path)
+    tuned = load_tuned(path)
     checkpoints = list_checkpoints(run.checkpoints)
     if verify:
         for checkpoint in checkpoints:
@@ -118,6 +120,7 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
         "made with": f"slidex {run.meta['slidex']}, torch {run.meta['torch']}",
         "checkpoints": [checkpoint.path.name for checkpoint in checkpoints],
         "best validation": run.best(),
+        "index of prediction": None if tuned is None else f"{tuned.describe()}; step {tuned.step}",
         "checksums": "verified" if verify else "not read (use --verify)",
         "last report": latest["report"],
         "last validation": latest["validation"],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from slidex.data import CsrArrays, Vectorizer
     from slidex.train.run import Run
+    from slidex.train.tuned import TunedIndex
 
 BLOCK_ROWS = 256
 STDIN_BYTES = 1 << 16
@@ -37,6 +38,11 @@ JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.bz2")
 @click.option(
     "--exact/--index", "exact", default=True, help="Score all classes, or those the index proposes."
 )
+@click.option(
+    "--probabilities",
+    is_flag=True,
+    help="Add probabilities: softmax over all classes (with --index, by an estimate), or sigmoid for logistic loss.",
+)
 @click.option("--split", default="test", help="Which split, if INPUT is a prepared data set.")
 @click.option(
     "--text-field", default="text", help="Field or fields (comma-separated) of the text, if INPUT is .jsonl."
@@ -48,6 +54,7 @@ def predict(
     input_: str,
     k: int,
     exact: bool,
+    probabilities: bool,
     split: str,
     text_field: str,
     output: Path | None,
@@ -66,8 +73,12 @@ def predict(
     set_threads(threads)
     opened = Run.open(run)
     blocks, total = input_blocks(opened, input_, split, tuple(text_field.split(",")))
+    checkpoint = opened.checkpoint()
+    model = opened.model(checkpoint, indexed=not exact)
+    for line in index_lines(opened.tuned(checkpoint), model.head.loss, probabilities) if not exact else ():
+        click.echo(line, err=True)
     records = run_prediction(
-        opened.model(indexed=not exact), blocks, k, names=opened.label_names(), indexed=not exact
+        model, blocks, k, names=opened.label_names(), indexed=not exact, probabilities=probabilities
     )
     if output is None:
         for record in records:
@@ -76,6 +87,19 @@ def predict(
     with bar(total, "row", "predict") as shown:
         rows = write_whole(output, shown_rows(records, shown))
     click.echo(f"{output}: {rows:,} rows", err=True)
+
+
+def index_lines(tuned: TunedIndex | None, loss: str, probabilities: bool) -> list[str]:
+    """Which index is used, and how far off probabilities are."""
+    from slidex.cli.tune_index import partition_lines  # noqa: PLC0415
+
+    lines = ["index: that of training; slidex tune-index chooses one for prediction"]
+    if tuned is not None:
+        lines = [f"tuned index: {tuned.describe()}"]
+    if probabilities and loss == "softmax":
+        unknown = ["  partition function             of unknown error: slidex tune-index measures it"]
+        lines += unknown if tuned is None else partition_lines(tuned.report)
+    return lines
 
 
 def shown_rows(records: Iterable[dict[str, Any]], shown: Any) -> Iterator[dict[str, Any]]:

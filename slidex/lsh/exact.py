@@ -46,6 +46,30 @@ def exact_topk(
     Returns:
         Scores (N, k) and class ids int64 (N, k), best first; -inf and -1 beyond C.
     """
+    return _scan(hidden_ND, weight_CD, bias_C, k, None)
+
+
+def exact_topk_and_total(
+    hidden_ND: torch.Tensor, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `exact_topk` returns, and the softmax's log of the sum of exp over all classes, from the same scores.
+
+    Returns:
+        Scores (N, k), class ids int64 (N, k), and ``log Σ_c exp(h·w_c + b_c)``, (N,).
+    """
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    log_total_N = hidden_ND.new_full((hidden_ND.shape[0],), -torch.inf, dtype=dtype)
+    return *_scan(hidden_ND, weight_CD, bias_C, k, log_total_N), log_total_N
+
+
+def _scan(
+    hidden_ND: torch.Tensor,
+    weight_CD: torch.Tensor,
+    bias_C: torch.Tensor | None,
+    k: int,
+    log_total_N: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`exact_topk`; adds exp of every score to `log_total_N`, in logs, where it is given."""
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     best_scores = hidden_ND.new_full((hidden_ND.shape[0], k), -torch.inf, dtype=dtype)
     num_rows, num_classes = hidden_ND.shape[0], weight_CD.shape[0]
@@ -66,6 +90,9 @@ def exact_topk(
                 min(keep, best.shape[1] + values.shape[1]), dim=1
             )
             best_ids = torch.cat([best_ids, ids + first], dim=1).gather(1, order)
+            if log_total_N is not None:
+                total = log_total_N[row : row + row_step]
+                torch.logaddexp(total, scores.logsumexp(dim=1), out=total)
         best_scores[row : row + row_step, :keep] = best
         out[row : row + row_step, :keep] = best_ids
     return best_scores, out

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
+from slidex.lsh import exact_topk_and_total
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
+from slidex.nn.partition import PARTITION_CANDIDATES, PARTITION_CLASSES, PartitionEstimator
 from slidex.nn.selection import make_selector
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 PREDICT_ROWS = 512
 """Rows scored at once in prediction."""
 PREDICT_CANDIDATES = 1024
-"""Classes asked of the index for each row in indexed prediction."""
+"""Classes asked of the index for each row in indexed prediction, unless the index was tuned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +40,15 @@ class Classifier:
         encoder: Sparse features to hidden vectors.
         head: Hidden vectors to classes.
         index: Over ``[head.weight, head.bias]``; None in exact mode or with random classes only.
+        candidates: Classes asked of the index for each row in indexed prediction.
+        partition_classes: Random classes from which indexed prediction estimates the partition function.
     """
 
     encoder: BagEncoder
     head: SampledHead
     index: CandidateIndex | None
+    candidates: int = PREDICT_CANDIDATES
+    partition_classes: int = PARTITION_CLASSES
 
     @classmethod
     def from_config(
@@ -110,18 +116,68 @@ class Classifier:
             DataError: if `x` has another number of features than the model.
             ConfigError: if `indexed` is asked of a model without an index.
         """
+        for scores_NK, ids_NK, _ in self.ranked(x, k, indexed=indexed):
+            yield scores_NK, ids_NK
+
+    def ranked(
+        self,
+        x: CsrArrays,
+        k: int,
+        *,
+        indexed: bool = False,
+        totals: bool = False,
+        estimator: PartitionEstimator | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """As `topk`, with the log of the softmax's partition function float32 (n,) of each block if asked for.
+
+        Args:
+            x: Rows of features.
+            k: Classes per row.
+            indexed: Score only the classes that the index returns; otherwise all classes.
+            totals: Give the partition function: over all classes, or with `indexed` the estimate of
+                `PartitionEstimator`, for which at least `PARTITION_CANDIDATES` classes are asked of the index (and
+                ranked). Without, the third item is None.
+            estimator: From `partition_estimator`, where calls are many; None makes one for this call.
+
+        Raises:
+            DataError: if `x` has another number of features than the model.
+            ConfigError: if `indexed` is asked of a model without an index, or with one that is not built.
+        """
         if x.num_columns != self.encoder.bag.shape[0]:
             raise DataError(
                 f"the data have {x.num_columns:,} features; the model was trained on {self.encoder.bag.shape[0]:,}."
             )
         index = self.index if indexed else None
-        if indexed and (index is None or not index.stats().built):
-            raise ConfigError("Indexed prediction needs a model whose index is built.")
+        if indexed and index is None:
+            raise ConfigError("Indexed prediction needs a model with an index.")
+        if indexed and totals and estimator is None:
+            estimator = self.partition_estimator(k)
         for start in range(0, x.num_rows, PREDICT_ROWS):
             rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
             with torch.no_grad():
                 hidden_ND = self.encoder(rows)
-                candidates_NA = None
                 if index is not None:
-                    candidates_NA = index.query(hidden_ND, max(k, PREDICT_CANDIDATES))
-                yield self.head.topk(hidden_ND, k, candidates_NA=candidates_NA)
+                    yield self._best_of(index, hidden_ND, k, estimator if totals else None)
+                elif totals:
+                    yield exact_topk_and_total(hidden_ND, self.head.weight, self.head.bias, k)
+                else:
+                    yield *self.head.topk(hidden_ND, k), None
+
+    def _best_of(
+        self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        if estimator is None:
+            candidates_NA = index.query(hidden_ND, max(k, self.candidates))
+            return *self.head.topk(hidden_ND, k, candidates_NA=candidates_NA), None
+        asked = self._partition_candidates(k)
+        scores_NA, ids_NA = self.head.topk(hidden_ND, asked, candidates_NA=index.query(hidden_ND, asked))
+        log_total_N = estimator.log_total(hidden_ND, ids_NA, scores_NA)
+        return scores_NA[:, :k], ids_NA[:, :k], log_total_N
+
+    def partition_estimator(self, k: int) -> PartitionEstimator:
+        """The estimator for indexed prediction of k classes, over today's weights."""
+        count = max(self.partition_classes, self._partition_candidates(k) + 1)
+        return PartitionEstimator(self.head.weight, self.head.bias, count, seed=0)
+
+    def _partition_candidates(self, k: int) -> int:
+        return max(k, self.candidates, PARTITION_CANDIDATES)

@@ -88,6 +88,11 @@ class SampledHead(nn.Module):
         return self.scorer.mode
 
     @property
+    def loss(self) -> str:
+        """``softmax`` or ``logistic``."""
+        return self.scorer.loss
+
+    @property
     def selector(self) -> CandidateSelector | None:
         """What chooses the active classes; None in ``exact`` mode."""
         return self.scorer.selector

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
+    import torch
 
     from slidex.data import CsrArrays
     from slidex.nn.classifier import Classifier
@@ -20,6 +21,7 @@ def predict(
     *,
     names: Sequence[str] | None = None,
     indexed: bool = False,
+    probabilities: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The k best classes of every row, best first.
 
@@ -29,27 +31,44 @@ def predict(
         k: Classes per row.
         names: Name of every class; without, a record has ids only.
         indexed: Score only the classes that the index proposes, instead of all.
+        probabilities: Add a probability to every class: of a model trained with softmax loss its share of the softmax
+            over all classes, whose partition function is estimated where `indexed`
+            (`slidex.nn.partition.PartitionEstimator`); of one trained with logistic loss the sigmoid of its score.
 
     Yields:
-        For every row: ``row`` (from 0), and ``classes``, a list of ``id``, ``score`` and, given `names`, ``name``.
-        Scores are the model's logits.
+        For every row: ``row`` (from 0), and ``classes``, a list of ``id``, ``score``, given `names` ``name``, and if
+        asked for ``probability``. Scores are the model's logits.
 
     Raises:
         DataError: if a block has another number of features than the model.
     """
     row = 0
+    totals = probabilities and model.head.loss == "softmax"
+    estimator = model.partition_estimator(k) if totals and indexed else None
     for block in blocks:
-        for scores_NK, ids_NK in model.topk(block, k, indexed=indexed):
-            for scores, ids in zip(scores_NK.numpy(), ids_NK.numpy(), strict=True):
-                yield {
-                    "row": row,
-                    "classes": [_record(c, s, names) for c, s in zip(ids, scores, strict=True) if c >= 0],
-                }
+        ranked = model.ranked(block, k, indexed=indexed, totals=totals, estimator=estimator)
+        for scores_NK, ids_NK, log_total_N in ranked:
+            shares_NK = class_probabilities(scores_NK, log_total_N).numpy() if probabilities else None
+            for n, (scores, ids) in enumerate(zip(scores_NK.numpy(), ids_NK.numpy(), strict=True)):
+                shares = [None] * len(ids) if shares_NK is None else shares_NK[n]
+                classes = zip(ids, scores, shares, strict=True)
+                yield {"row": row, "classes": [_record(*c, names) for c in classes if c[0] >= 0]}
                 row += 1
 
 
-def _record(class_id: np.int64, score: np.float32, names: Sequence[str] | None) -> dict[str, Any]:
+def class_probabilities(scores_NK: torch.Tensor, log_total_N: torch.Tensor | None) -> torch.Tensor:
+    """Probabilities float32 (N, K) of scores: their share of the partition function, at most 1; None for sigmoids."""
+    if log_total_N is None:
+        return scores_NK.sigmoid()
+    return (scores_NK - log_total_N[:, None]).exp().clamp_(max=1.0)
+
+
+def _record(
+    class_id: np.int64, score: np.float32, share: np.float32 | None, names: Sequence[str] | None
+) -> dict[str, Any]:
     record: dict[str, Any] = {"id": int(class_id), "score": round(float(score), 4)}
+    if share is not None:
+        record["probability"] = float(f"{float(share):.6g}")
     if names is not None:
         record["name"] = names[int(class_id)]
     return record

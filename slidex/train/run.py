@@ -5,6 +5,7 @@ log.jsonl       one line for each report, validation and checkpoint
 best.json       step and P@1 of the best validation, if there was one
 names/          class_counts.npy; labels.jsonl and vectorizer/, copied from the data set, where it has them
 checkpoints/    step_NNNNNNNN/, see slidex.train.checkpoint
+prediction/     the index that slidex tune-index chose, see slidex.train.tuned; not there before
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ import torch
 
 import slidex
 from slidex.data import NameList
-from slidex.errors import CheckpointError, ConfigError
+from slidex.errors import CheckpointError, ConfigError, DataError
 from slidex.nn.classifier import Classifier
 from slidex.nn.selection import make_config_index
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
+from slidex.train.tuned import TunedIndex, load_tuned
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from slidex.data import Dataset
     from slidex.data.vectorizers import Vectorizer
+    from slidex.lsh import CandidateIndex
 
 FORMAT, VERSION = "slidex-run", 1
 META_FIELDS = {
@@ -212,18 +215,54 @@ class Run:
         chosen.verify()
         return chosen
 
+    def check_sizes(self, dataset: Dataset) -> None:
+        """Compares numbers of classes and features.
+
+        Raises:
+            DataError: if the data set has others than the model.
+        """
+        for name, found, trained in (
+            ("classes", dataset.num_classes, self.meta["num_classes"]),
+            ("features", dataset.num_features, self.meta["num_features"]),
+        ):
+            if found != trained:
+                raise DataError(
+                    f"has {found:,} {name}; the run {self.path} was trained on {trained:,}.",
+                    path=dataset.path,
+                )
+
+    def tuned(self, checkpoint: Checkpoint | None = None) -> TunedIndex | None:
+        """The index that was tuned for the weights of a checkpoint, or None if none was tuned.
+
+        Args:
+            checkpoint: None takes the one that `checkpoint` chooses.
+
+        Raises:
+            CheckpointError: if it is damaged, or was tuned for the weights of another step.
+        """
+        tuned = load_tuned(self.path)
+        if tuned is None:
+            return None
+        step = (checkpoint or self.checkpoint()).step
+        if tuned.step != step:
+            raise CheckpointError(
+                f"{tuned.path}: was tuned for the weights of step {tuned.step}; the run now uses step {step}. "
+                "Run slidex tune-index again, or remove the file."
+            )
+        return tuned
+
     def model(self, checkpoint: Checkpoint | None = None, *, indexed: bool = False) -> Classifier:
         """The trained model.
 
         Args:
             checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
-            indexed: Also build the index over these weights. The one in the checkpoint is older than they are: it
-                is there so that a resumed run takes the very steps an unbroken one would, and for what the index
-                has learned from hidden vectors.
+            indexed: Also build an index over these weights: the one that `tuned` gives, else that of training. The
+                one in the checkpoint is older than the weights: it is there so that a resumed run takes the very
+                steps an unbroken one would, and for what the index has learned from hidden vectors.
 
         Raises:
-            CheckpointError: as `checkpoint`, or if the weights do not fit ``run.json``.
-            ConfigError: if `indexed` is asked of a model that was trained without an index.
+            CheckpointError: as `checkpoint` and `tuned`, or if the weights do not fit ``run.json``.
+            ConfigError: if `indexed` is asked of a model that was trained without an index, and none was tuned.
         """
         checkpoint = checkpoint or self.checkpoint()
         model = Classifier.from_config(
@@ -236,27 +275,40 @@ class Run:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
                 ) from error
-        if indexed:
-            index = model.index
-            if index is None:
-                raise ConfigError(f"{self.path}: was trained without an index; use exact scoring.")
-            if index.uses_queries and checkpoint.processes > 1:
-                raise ConfigError(
-                    f"{self.path}: what its index learned is in {checkpoint.processes} parts, of the processes that "
-                    "trained it, and cannot be joined; use exact scoring."
-                )
-            if index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
-                try:
-                    index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
-                except ConfigError as error:
-                    raise CheckpointError(
-                        f"{checkpoint.path / 'index'}.safetensors: does not fit run.json: {error}"
-                    ) from error
-            elif own := make_config_index(self.config, index.in_features, index.num_classes):
-                index = own  # with as many tables as single rows need
-            index.build(model.head.weight, model.head.bias)
-            model = replace(model, index=index)
-        return model
+        if not indexed:
+            return model
+        if tuned := self.tuned(checkpoint):
+            return replace(
+                model,
+                index=tuned.build(model.head.weight, model.head.bias),
+                candidates=tuned.candidates,
+                partition_classes=tuned.partition_classes,
+            )
+        return replace(model, index=self._trained_index(model, checkpoint))
+
+    def _trained_index(self, model: Classifier, checkpoint: Checkpoint) -> CandidateIndex:
+        """The index of the training, built over the model's weights, with what it has learned."""
+        index = model.index
+        if index is None:
+            raise ConfigError(
+                f"{self.path}: was trained without an index; use exact scoring, or run slidex tune-index first."
+            )
+        if index.uses_queries and checkpoint.processes > 1:
+            raise ConfigError(
+                f"{self.path}: what its index learned is in {checkpoint.processes} parts, of the processes that "
+                "trained it, and cannot be joined; use exact scoring, or run slidex tune-index."
+            )
+        if index.uses_queries:  # what it learned from hidden vectors is in the checkpoint alone
+            try:
+                index.load_state(checkpoint.tensors("index"), model.head.weight, model.head.bias)
+            except ConfigError as error:
+                raise CheckpointError(
+                    f"{checkpoint.path / 'index'}.safetensors: does not fit run.json: {error}"
+                ) from error
+        elif own := make_config_index(self.config, index.in_features, index.num_classes):
+            index = own  # with as many tables as single rows need
+        index.build(model.head.weight, model.head.bias)
+        return index
 
 
 def fingerprint(dataset: Dataset) -> str:

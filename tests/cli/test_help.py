@@ -128,7 +128,17 @@ def test_every_example_works(files, monkeypatch):
     monkeypatch.setattr("slidex.data.standard_library_directory", lambda: files / "src")
     monkeypatch.setenv("SLIDEX_TRAIN_HIDDEN_WIDTH", "8")  # small checkpoints
     monkeypatch.setenv("SLIDEX_TRAIN_THREADS", "1")
-    order = ["prepare", "prepare python-source", "train", "eval", "predict", "inspect", "doctor", ""]
+    order = [
+        "prepare",
+        "prepare python-source",
+        "train",
+        "tune-index",
+        "eval",
+        "predict",
+        "inspect",
+        "doctor",
+        "",
+    ]
     ranked = sorted(NAMES, key=lambda name: (order.index(name[7:]) if name[7:] in order else 0, name))
     lines = [line for name in ranked for line in examples(name)]
     assert len(lines) == 2 * len(NAMES)
