@@ -81,7 +81,7 @@ class CandidateSelector:
             * ``none``: every active class counts once, as in SLIDE.
             * ``stratified``: true and retrieved classes count once, the random ones stand for all others, with
               weight 1 / (inclusion probability outside the exact set). Unbiased whatever the index returns.
-            * ``logq``: as stratified, but true classes of *other* rows also count by their inverse probability
+            * ``logq``: as stratified, but true classes, a row's own included, count by their inverse probability
               of being in the batch (Yi et al., RecSys 2019), which stops in-batch negatives from punishing
               frequent classes.
         class_counts: int64 (C,), training frequency; needed by ``logq`` in shared mode.

@@ -5,6 +5,7 @@ Legend: N rows in a batch, C classes, D hidden width, P labels in all.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -81,10 +82,9 @@ def lsh_softmax(
     if is_class_ids(input, target):
         ids_N = target.reshape(-1).long()
         ignored = TORCH_IGNORE_INDEX if ignore_index is None else ignore_index
-        pieces = [
-            _by_checkpoint(_class_id_losses, hidden_ND[rows], ids_N[rows], ignored, *layer)
-            for rows in _pieces(hidden_ND, linear_weight)
-        ]
+        parts = _pieces(hidden_ND, linear_weight)
+        losses = _class_id_losses if len(parts) == 1 else _scored_again(_class_id_losses)
+        pieces = [losses(hidden_ND[rows], ids_N[rows], ignored, *layer) for rows in parts]
         kept_N = ids_N != ignored
         mass_N = kept_N if weight is None else weight[ids_N.where(kept_N, 0)] * kept_N
     else:
@@ -93,11 +93,12 @@ def lsh_softmax(
         row_P = torch.repeat_interleave(torch.arange(len(hidden_ND)), indptr.diff()).to(input.device)
         ids_P = torch.from_numpy(labels.indices).long().to(input.device)
         mass_P = label_mass(labels, weight).to(input.device)
-        pieces = []
-        for rows in _pieces(hidden_ND, linear_weight):
+        parts, pieces = _pieces(hidden_ND, linear_weight), []
+        losses = _multi_label_losses if len(parts) == 1 else _scored_again(_multi_label_losses)
+        for rows in parts:
             stored = slice(*indptr[[rows.start, rows.stop]].tolist())
             places = row_P[stored] - rows.start, ids_P[stored], mass_P[stored]
-            pieces.append(_by_checkpoint(_multi_label_losses, hidden_ND[rows], *places, *layer))
+            pieces.append(losses(hidden_ND[rows], *places, *layer))
         mass_N = mass_P.new_zeros(len(hidden_ND)).index_add_(0, row_P, mass_P)
     loss_N = torch.cat(pieces)
     if reduction == "none":
@@ -120,13 +121,9 @@ def _pieces(hidden_ND: torch.Tensor, weight_CD: torch.Tensor) -> list[slice]:
     return [slice(first, min(first + most, num_rows)) for first in range(0, max(1, num_rows), most)]
 
 
-def _by_checkpoint(
-    losses: Callable[..., torch.Tensor], hidden_ND: torch.Tensor, *arguments: Any
-) -> torch.Tensor:
-    """The losses of some rows; where they are some of many, backward computes their scores again."""
-    if hidden_ND.shape[0] * arguments[-4].shape[0] * 2 <= SCORES_AT_ONCE:
-        return losses(hidden_ND, *arguments)
-    return checkpoint(losses, hidden_ND, *arguments, use_reentrant=False)
+def _scored_again(losses: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function, whose scores are not kept for backward but computed again."""
+    return functools.partial(checkpoint, losses, use_reentrant=False)
 
 
 def _class_id_losses(
