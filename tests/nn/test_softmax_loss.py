@@ -143,6 +143,7 @@ def test_weights_of_classes_count_for_each_label(options):
 
 
 @everything
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_all_forms_of_one_target_are_one(options):
     linear, hidden_ND, _ = problem()
     indptr = np.cumsum([0, *map(len, LABELS)])
