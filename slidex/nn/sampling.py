@@ -279,7 +279,9 @@ class Sampling:
             weight_decay=options.weight_decay,
         )
         self.scorer.update(scored, Rows(weight_CD, bias_C), *self.states, settings)
-        torch.autograd.graph.increment_version([t for t in (weight_CD, bias_C) if t is not None])
+        for parameter in (weight_CD, bias_C):
+            if parameter is not None:  # kernels have written it unseen by autograd
+                torch.autograd.graph.increment_version(parameter)
         self.updates += 1
 
     def note(self, scored: Scored, labels: CsrArrays) -> None:
