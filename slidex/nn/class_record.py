@@ -39,10 +39,6 @@ class ClassRecord:
             active, own_N = active[None], own_N if len(own_N) == 1 else np.zeros(1, dtype=np.int64)
         _mark(active, own_N, self.flags_C1)
 
-    def touch_all(self) -> None:
-        """Notes that every row may have moved."""
-        self.flags_C1 |= TOUCHED
-
     def ids(self, bit: int) -> np.ndarray:
         """Classes that have the bit: int64, ascending."""
         return np.flatnonzero(self.flags_C1[:-1] & bit)

@@ -16,7 +16,7 @@ from slidex.lsh import exact_topk_and_total
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
 from slidex.nn.partition import PARTITION_CANDIDATES, PARTITION_CLASSES, PartitionEstimator
-from slidex.nn.selection import make_selector
+from slidex.nn.selection import PREDICT_CANDIDATES, make_selector
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 PREDICT_ROWS = 512
 """Rows scored at once in prediction."""
-PREDICT_CANDIDATES = 1024
-"""Classes asked of the index for each row in indexed prediction, unless the index was tuned."""
 
 
 @dataclass(frozen=True, slots=True)

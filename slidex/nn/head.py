@@ -21,10 +21,9 @@ from torch import nn
 
 from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, RowState, StepSettings
-from slidex.kernels import cpu as kernels
 from slidex.lsh import exact_topk
 from slidex.nn.candidates import label_weights
-from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
+from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer, best_candidates
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
@@ -146,14 +145,7 @@ class SampledHead(nn.Module):
             raise ConfigError(
                 "The 'candidates_NA' parameter of SampledHead.topk must be None for a sharded head."
             )
-        logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, candidates_NA)
-        scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
-        ids = candidates_NA.gather(1, slots)
-        missing = k - ids.shape[1]
-        return (
-            nn.functional.pad(scores, (0, missing), value=-math.inf),
-            nn.functional.pad(ids, (0, missing), value=-1),
-        )
+        return best_candidates(Rows(self.weight, self.bias), hidden_ND, candidates_NA, k)
 
 
 def _initial_weight(in_features: int, num_classes: int, seed: int, shard: Shard | None) -> torch.Tensor:

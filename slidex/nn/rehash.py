@@ -66,6 +66,7 @@ class Rehasher:
         head: The output layer.
         record: Says which rows were touched since the last rehash.
         sample_queries: Gives hidden vectors of training rows, drawn anew for every step.
+        any_row_moves: Whether rows move that `record` does not know of, so that the index is never just updated.
     """
 
     def __init__(
@@ -75,11 +76,13 @@ class Rehasher:
         head: OutputLayer,
         record: ClassRecord,
         sample_queries: Callable[[int], QuerySample],
+        *,
+        any_row_moves: bool = False,
     ) -> None:
         self._schedule = rehash_schedule(settings)
         self._updated_rows = 0  # by updates since the last build
         self._seed, self._index, self._head = settings.seed, index, head
-        self._record, self._sample_queries = record, sample_queries
+        self._record, self._sample_queries, self._any_row_moves = record, sample_queries, any_row_moves
 
     def rehash_if_due(self, step: int) -> Rehash | None:
         """Builds or updates the index if the schedule asks for it after `step` steps; always builds at step 0.
@@ -89,10 +92,12 @@ class Rehasher:
         """
         if step > 0 and not self._schedule.due(step, self._drift):
             return None
+        if step == 0 or self._index.uses_queries or self._any_row_moves:
+            return self.build(step)
         touched = self._record.ids(TOUCHED)
         few = len(touched) <= UPDATE_SHARE * self._index.num_classes
         fitted_lately = self._updated_rows + len(touched) <= self._index.num_classes
-        if step == 0 or self._index.uses_queries or not few or not fitted_lately:
+        if not few or not fitted_lately:
             return self.build(step)
         self._index.update(self._head.weight, self._head.bias, torch.from_numpy(touched))
         self._updated_rows += len(touched)

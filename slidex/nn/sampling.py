@@ -107,7 +107,9 @@ class Sampling:
         self._rehasher, self._stale = None, True
         self._prediction: tuple[object, CandidateIndex] | None = None
         if self.index is not None:
-            self._rehasher = Rehasher(self.settings, self.index, self, self._record, self._queries)
+            self._rehasher = Rehasher(
+                self.settings, self.index, self, self._record, self._queries, any_row_moves=not self.fused
+            )
 
     @property
     def index(self) -> CandidateIndex | None:
@@ -326,8 +328,6 @@ class Sampling:
             return
         if self.index.uses_queries:
             self._remember(hidden_ND, labels)
-        if not self.fused:  # the caller's optimizer may move any row
-            self._record.touch_all()
         if self._stale:
             self.rehash(*self.rows)
         elif self._rehasher.rehash_if_due(self.step) is not None:

@@ -311,6 +311,29 @@ class Scorer:
         return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
 
 
+def best_candidates(
+    rows: Rows, hidden_ND: torch.Tensor, candidates_NA: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of each row's candidates, exactly scored, best first.
+
+    Args:
+        rows: The layer.
+        hidden_ND: float (N, D).
+        candidates_NA: int64 (N, A), -1 for none.
+        k: Classes per row.
+
+    Returns:
+        Scores float (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer candidates.
+    """
+    logits_NA = kernels.pair_logits(hidden_ND, rows.weight, rows.bias, candidates_NA)
+    scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
+    missing = k - slots.shape[1]
+    return (
+        torch.nn.functional.pad(scores, (0, missing), value=-torch.inf),
+        torch.nn.functional.pad(candidates_NA.gather(1, slots), (0, missing), value=-1),
+    )
+
+
 def _softmax(
     logits_NA: torch.Tensor, target_NA: torch.Tensor, offset_NA: torch.Tensor | None, shard: Shard | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,8 @@ SHARED_TABLES = 8
 """Hash tables in training where the whole batch votes, unless `index_options` say otherwise (docs/performance.md)."""
 DRIFT_ROWS = 2048
 """Rows on which the drift schedule measures how many codes have changed."""
+PREDICT_CANDIDATES = 1024
+"""Classes asked of the index for each row in indexed prediction, unless it was tuned or you say otherwise."""
 SEEDS_APART = 1 << 20
 """From the seed of one part of a sharded layer to the next."""
 BATCH_SHARE = 0.25

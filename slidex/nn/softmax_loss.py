@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from slidex.errors import ConfigError
-from slidex.kernels import cpu as kernels
 from slidex.lsh import exact_topk
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
 from slidex.nn.options import SamplingOptions
 from slidex.nn.sampling import Sampling
+from slidex.nn.scoring import Rows, best_candidates
+from slidex.nn.selection import PREDICT_CANDIDATES
 from slidex.nn.sharding import Shard
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from slidex.nn.sampling import SamplingStats
-
-PREDICT_CANDIDATES = 1024
-"""Classes asked of the index for each row in indexed prediction."""
 
 
 class TopK(NamedTuple):
@@ -286,10 +284,8 @@ class LSHSoftmaxLoss(nn.Module):
             )
         else:
             index = self._sampling.prediction_index(self.weight, self.bias)
-            active_NA = index.query(hidden_ND, max(k, candidates))
-            logits_NA = kernels.pair_logits(hidden_ND, self.weight, self.bias, active_NA)
-            scores_NK, slots_NK = logits_NA.topk(k)
-            ids_NK = active_NA.gather(1, slots_NK)
+            candidates_NA = index.query(hidden_ND, max(k, candidates))
+            scores_NK, ids_NK = best_candidates(Rows(self.weight, self.bias), hidden_ND, candidates_NA, k)
         if self._shard is not None and counts is not None:
             scores_NK, ids_NK = self._shard.merge_topk(scores_NK, ids_NK)
             scores_NK, ids_NK = (self._shard.take_own(x, counts) for x in (scores_NK, ids_NK))

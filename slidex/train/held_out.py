@@ -14,6 +14,7 @@ import torch
 from slidex.errors import DataError
 from slidex.lsh import QuerySample
 from slidex.nn.classifier import PREDICT_ROWS
+from slidex.train.rows import draw_validation
 from slidex.train.run import fingerprint
 from slidex.train.settle import STREAM_VALID, counter_rng
 
@@ -70,10 +71,9 @@ def held_out(run: Run, dataset: Dataset, split: str | None, count: int) -> HeldO
                 path=dataset.path,
             )
         source = "the train split: rows the model was trained on"
-        if config.valid_fraction > 0:  # as the training loop draws them
+        if config.valid_fraction > 0:
             source = "the run's validation rows"
-            rng, share = counter_rng(config.seed, STREAM_VALID, 0), config.valid_fraction
-            labelled = rng.choice(labelled, max(1, int(len(labelled) * share)), replace=False)
+            labelled = draw_validation(counter_rng(config.seed, STREAM_VALID, 0), labelled, config)
             excluded = labelled
     if len(labelled) < 2:
         raise DataError(

@@ -34,7 +34,7 @@ def split_rows(
         chosen = np.arange(split.num_rows)
     elif config.valid_fraction > 0:
         split = train
-        chosen = rng.choice(rows, max(1, int(len(rows) * config.valid_fraction)), replace=False)
+        chosen = draw_validation(rng, rows, config)
         rows = np.setdiff1d(rows, chosen)
     elif config.patience is None:
         return rows, None
@@ -46,3 +46,8 @@ def split_rows(
     if len(chosen) > config.valid_rows:
         chosen = rng.choice(chosen, config.valid_rows, replace=False)
     return rows, (split.x.take(chosen), split.y.take(chosen))
+
+
+def draw_validation(rng: np.random.Generator, rows: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """The labelled training rows that `valid_fraction` holds out, drawn with a generator of `STREAM_VALID`."""
+    return rng.choice(rows, max(1, int(len(rows) * config.valid_fraction)), replace=False)

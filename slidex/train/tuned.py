@@ -1,7 +1,8 @@
 """The index that `slidex tune-index` chose for prediction, kept in the run directory.
 
-prediction/index.json                   kind, settings, step of the weights, what was measured; its own checksum
-prediction/state_XXXXXXXX.safetensors   what a hash index learned or had inserted; codes are hashed anew
+prediction/index.json                kind, settings, step of the weights, what was measured; its own checksum
+prediction/state_HASH.safetensors    what a hash index learned or had inserted; codes are hashed anew. HASH begins its
+                                     checksum
 
 ``index.json`` is written last and atomically and names the state with size and checksum, so that readers see one
 choice or the other, whole. FAISS indexes are trained and filled anew from the weights: a file that FAISS itself would
