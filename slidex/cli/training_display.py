@@ -22,6 +22,7 @@ class TrainingDisplay:
     def __init__(self) -> None:
         self._bar: tqdm | None = None
         self._told = self._naming = False
+        self._stage: str | None = None
 
     def __enter__(self) -> TrainingDisplay:
         return self
@@ -51,6 +52,8 @@ class TrainingDisplay:
         elif event == "validation":
             mark = " (best so far)" if facts["best"] else ""
             self._line(f"step {facts['step']:,}: validation P@1 {100 * facts['P@1']:.2f}{mark}")
+        elif event == "ranker":
+            self._ranker(facts)
         elif event == "warning":
             self._line(f"warning: step {facts['step']:,}: {facts['text']}")
         elif event == "message":
@@ -64,6 +67,16 @@ class TrainingDisplay:
         if self._bar is not None:
             self._bar.set_postfix_str(f"compiling {kernel}")
             self._naming = True
+
+    def _ranker(self, facts: dict[str, Any]) -> None:
+        """One more bar for each stage."""
+        if self._bar is None or facts["stage"] != self._stage:
+            if self._bar is not None:
+                self._bar.close()
+            self._stage = facts["stage"]
+            unit = {"candidates": "row", "weights": "class"}[facts["stage"]]
+            self._bar = bar(facts["total"], unit, f"ranker: {facts['stage']}")
+        self._bar.update(facts["done"] - self._bar.n)
 
     def _line(self, text: str) -> None:
         if self._bar is None or self._bar.disable:

@@ -6,6 +6,7 @@ never copies, and becomes a scipy matrix only on request, one batch at a time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,12 @@ class CsrArrays:
             _copy_rows(self.indptr, self.values, rows, indptr, values)
         return CsrArrays(indptr, indices, values, self.num_columns)
 
+    def unit_rows(self) -> CsrArrays:
+        """The same rows scaled to unit L2 norm, float32; rows of zeros stay as they are."""
+        values = np.empty(len(self.indices), dtype=np.float32)
+        _unit_rows(self.indptr, values[:0] if self.values is None else self.values, values)
+        return CsrArrays(self.indptr, self.indices, values, self.num_columns)
+
     def row_ids(self) -> np.ndarray:
         """Row of every stored entry: int64 (nnz,)."""
         return np.repeat(np.arange(self.num_rows), np.diff(self.indptr))
@@ -103,3 +110,21 @@ def _copy_rows(indptr, source, rows, out_indptr, out):
         at = out_indptr[i]
         for j in range(out_indptr[i + 1] - at):
             out[at + j] = source[first + j]
+
+
+@numba.njit(cache=True, nogil=True)
+def _unit_rows(indptr, values, out):
+    """Writes the values with every row scaled to unit L2 norm; rows of zeros stay as they are.
+
+    Args:
+        indptr: int64 (N + 1,).
+        values: float32 (M,), or (0,) where each is 1.
+        out: float32 (M,).
+    """
+    for n in range(len(indptr) - 1):
+        square = 0.0
+        for j in range(indptr[n], indptr[n + 1]):
+            square += values[j] * values[j] if len(values) else 1.0
+        scale = 1 / math.sqrt(square) if square > 0 else 1.0
+        for j in range(indptr[n], indptr[n + 1]):
+            out[j] = scale * (values[j] if len(values) else 1.0)

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from slidex.errors import ConfigError
+from slidex.kernels.linear_weights import LinearWeights
 from slidex.kernels.optimizer import OPTIMIZERS, RowState, StepSettings
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["OPTIMIZERS", "RowState", "StepSettings", "get"]
+__all__ = ["OPTIMIZERS", "LinearWeights", "RowState", "StepSettings", "get"]
 
 _MODULES = {"cpu": "slidex.kernels.cpu", "reference": "slidex.kernels.reference"}
 

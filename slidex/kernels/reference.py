@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slidex.kernels.linear_weights import LinearWeights
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -161,6 +163,58 @@ def shared_logistic_loss(
     loss_N, grad_NU = logistic_loss(logits_NU, target_NU, weight_NU)
     logits_NU.copy_(grad_NU)
     return loss_N
+
+
+def linear_fit(
+    class_indptr: Tensor,
+    rows: Tensor,
+    positive: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    num_features: int,
+    *,
+    cost: float,
+    threshold: float = 0.0,
+    passes: int = 20,
+    tolerance: float = 1e-12,
+) -> LinearWeights:
+    """``min_w |w|^2 / 2 + bias^2 / 2 + cost * sum_p max(0, 1 - y_p (w . x_p + bias))^2``, by Newton steps."""
+    x_NF = values.new_zeros(len(indptr) - 1, num_features + 1)
+    x_NF[_rows(indptr), indices.long()], x_NF[:, -1] = values, 1
+    w_CF = values.new_zeros(len(class_indptr) - 1, num_features + 1)
+    w_CF[class_indptr.diff() == 0, -1] = -1
+    for c, (first, last) in enumerate(
+        zip(class_indptr[:-1].tolist(), class_indptr[1:].tolist(), strict=True)
+    ):
+        x_PF, y_P = x_NF[rows[first:last].long()], 2 * positive[first:last].to(values.dtype) - 1
+        for _ in range(passes if last > first else 0):
+            inside = y_P * (x_PF @ w_CF[c]) < 1
+            form = torch.eye(num_features + 1, dtype=values.dtype) + 2 * cost * x_PF[inside].T @ x_PF[inside]
+            before, w_CF[c] = (
+                w_CF[c].clone(),
+                torch.linalg.solve(form, 2 * cost * x_PF[inside].T @ y_P[inside]),
+            )
+            if (w_CF[c] - before).abs().max() <= tolerance:
+                break
+    kept = (w_CF[:, :-1] != 0) & (w_CF[:, :-1].abs() >= threshold)
+    offsets = torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+    return LinearWeights(
+        offsets, kept.nonzero()[:, 1].int(), w_CF[:, :-1][kept], w_CF[:, -1].clone(), num_features
+    )
+
+
+def linear_scores(
+    weights: LinearWeights, indptr: Tensor, indices: Tensor, values: Tensor, candidates_NA: Tensor
+) -> Tensor:
+    """``scores[n, a] = x[n] . w[c] + bias[c]`` with ``c = candidates[n, a]``; -inf at pads."""
+    w_CF = weights.values.new_zeros(len(weights.bias), weights.num_features)
+    w_CF[_rows(weights.indptr), weights.features.long()] = weights.values
+    x_NF = values.new_zeros(len(indptr) - 1, weights.num_features)
+    x_NF[_rows(indptr), indices.long()] = values
+    classes_NA = candidates_NA.clamp(min=0).long()
+    scores_NA = torch.einsum("naf,nf->na", w_CF[classes_NA], x_NF) + weights.bias[classes_NA]
+    return scores_NA.masked_fill(candidates_NA < 0, -torch.inf)
 
 
 def _rows(indptr: Tensor) -> Tensor:

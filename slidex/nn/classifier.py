@@ -6,12 +6,13 @@ Legend: N rows, C classes, D hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
+from slidex.kernels.cpu import pair_logits
 from slidex.lsh import exact_topk_and_total
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
@@ -23,11 +24,28 @@ if TYPE_CHECKING:
 
     from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex
+    from slidex.nn.ranker import LinearRanker
     from slidex.nn.sharding import Shard
     from slidex.train.config import TrainConfig
 
 PREDICT_ROWS = 512
 """Rows scored at once in prediction."""
+
+
+class Ranked(NamedTuple):
+    """The best classes of some rows.
+
+    Args:
+        scores_NK: float32 (n, k), best first, padded with -inf: the logits, or what a ranker made of them.
+        ids_NK: int64 (n, k), padded with -1.
+        logits_NK: float32 (n, k), the head's scores of the same classes.
+        log_total_N: float32 (n,), log of the softmax's partition function over `logits_NK`'s kind, if asked for.
+    """
+
+    scores_NK: torch.Tensor
+    ids_NK: torch.Tensor
+    logits_NK: torch.Tensor
+    log_total_N: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,7 @@ class Classifier:
         index: Over ``[head.weight, head.bias]``; None in exact mode or with random classes only.
         candidates: Classes asked of the index for each row in indexed prediction.
         partition_classes: Random classes from which indexed prediction estimates the partition function.
+        ranker: Ranks the head's best classes anew; None leaves them in the order of their logits.
     """
 
     encoder: BagEncoder
@@ -47,6 +66,7 @@ class Classifier:
     index: CandidateIndex | None
     candidates: int = PREDICT_CANDIDATES
     partition_classes: int = PARTITION_CLASSES
+    ranker: LinearRanker | None = None
 
     @classmethod
     def from_config(
@@ -114,8 +134,8 @@ class Classifier:
             DataError: if `x` has another number of features than the model.
             ConfigError: if `indexed` is asked of a model without an index.
         """
-        for scores_NK, ids_NK, _ in self.ranked(x, k, indexed=indexed):
-            yield scores_NK, ids_NK
+        for ranked in self.ranked(x, k, indexed=indexed):
+            yield ranked.scores_NK, ranked.ids_NK
 
     def ranked(
         self,
@@ -125,8 +145,8 @@ class Classifier:
         indexed: bool = False,
         totals: bool = False,
         estimator: PartitionEstimator | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """As `topk`, with the log of the softmax's partition function float32 (n,) of each block if asked for.
+    ) -> Iterator[Ranked]:
+        """As `topk`, with the head's own logits and, if asked for, the softmax's partition function.
 
         Args:
             x: Rows of features.
@@ -134,7 +154,7 @@ class Classifier:
             indexed: Score only the classes that the index returns; otherwise all classes.
             totals: Give the partition function: over all classes, or with `indexed` the estimate of
                 `PartitionEstimator`, for which at least `PARTITION_CANDIDATES` classes are asked of the index (and
-                ranked). Without, the third item is None.
+                ranked).
             estimator: From `partition_estimator`, where calls are many; None makes one for this call.
 
         Raises:
@@ -150,16 +170,26 @@ class Classifier:
             raise ConfigError("Indexed prediction needs a model with an index.")
         if indexed and totals and estimator is None:
             estimator = self.partition_estimator(k)
+        wanted = self._wanted(k)
         for start in range(0, x.num_rows, PREDICT_ROWS):
             rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
             with torch.no_grad():
                 hidden_ND = self.encoder(rows)
                 if index is not None:
-                    yield self._best_of(index, hidden_ND, k, estimator if totals else None)
+                    found = self._best_of(index, hidden_ND, wanted, estimator if totals else None)
                 elif totals:
-                    yield exact_topk_and_total(hidden_ND, self.head.weight, self.head.bias, k)
+                    found = exact_topk_and_total(hidden_ND, self.head.weight, self.head.bias, wanted)
                 else:
-                    yield *self.head.topk(hidden_ND, k), None
+                    found = *self.head.topk(hidden_ND, wanted), None
+                logits_NK, ids_NK, log_total_N = found
+                if self.ranker is None:
+                    yield Ranked(logits_NK, ids_NK, logits_NK, log_total_N)
+                else:
+                    yield Ranked(*self.ranker.rank(rows, logits_NK, ids_NK, k), log_total_N)
+
+    def _wanted(self, k: int) -> int:
+        """Classes that the head must give for `k` ranked ones."""
+        return k if self.ranker is None else max(k, min(self.ranker.candidates, self.head.num_classes))
 
     def _best_of(
         self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
@@ -172,9 +202,20 @@ class Classifier:
         log_total_N = estimator.log_total(hidden_ND, ids_NA, scores_NA)
         return scores_NA[:, :k], ids_NA[:, :k], log_total_N
 
+    def scores(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
+        """What `topk` would give the classes: float32 (N, A), -inf at pads.
+
+        Args:
+            x: N rows of features.
+            ids_NA: int64, padded with -1.
+        """
+        with torch.no_grad():
+            logits_NA = pair_logits(self.encoder(x), self.head.weight, self.head.bias, ids_NA)
+        return logits_NA if self.ranker is None else self.ranker.scores(x, logits_NA, ids_NA)
+
     def partition_estimator(self, k: int) -> PartitionEstimator:
         """The estimator for indexed prediction of k classes, over today's weights."""
-        count = max(self.partition_classes, self._partition_candidates(k) + 1)
+        count = max(self.partition_classes, self._partition_candidates(self._wanted(k)) + 1)
         return PartitionEstimator(self.head.weight, self.head.bias, count, seed=0)
 
     def _partition_candidates(self, k: int) -> int:

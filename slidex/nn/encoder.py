@@ -13,7 +13,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
 from torch import nn
@@ -138,10 +137,8 @@ class BagEncoder(nn.Module):
         )
 
     def _inputs(self, x: CsrArrays, step: int | None) -> CsrArrays:
+        x = x.unit_rows() if self.normalize else x
         values = x.values
-        if self.normalize:
-            values = np.empty(len(x.indices), dtype=np.float32)
-            _unit_rows(x.indptr, values[:0] if x.values is None else x.values, values)
         if step is not None and self.input_dropout > 0:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
             keep = rng.random(len(x.indices), dtype=np.float32) >= self.input_dropout
@@ -203,21 +200,3 @@ class TrainingGraph:
     x: CsrArrays
     bag_ND: torch.Tensor
     hidden_NH: torch.Tensor | None
-
-
-@numba.njit(cache=True, nogil=True)
-def _unit_rows(indptr, values, out):
-    """Writes the values with every row scaled to unit L2 norm; rows of zeros stay as they are.
-
-    Args:
-        indptr: int64 (N + 1,).
-        values: float32 (M,), or (0,) where each is 1.
-        out: float32 (M,).
-    """
-    for n in range(len(indptr) - 1):
-        square = 0.0
-        for j in range(indptr[n], indptr[n + 1]):
-            square += values[j] * values[j] if len(values) else 1.0
-        scale = 1 / math.sqrt(square) if square > 0 else 1.0
-        for j in range(indptr[n], indptr[n + 1]):
-            out[j] = scale * (values[j] if len(values) else 1.0)

@@ -48,6 +48,24 @@ class TrainConfig(SamplingSettings):
         "softmax", "Softmax over the active classes, or one-vs-all logistic.", choices=("softmax", "logistic")
     )
 
+    # Ranker
+    ranker_candidates: int = setting(
+        0,
+        "Best classes of a row that a linear classifier for each class, fitted after the network on the input's own "
+        "features, ranks anew; 0 for no ranker.",
+        low=0,
+        high=4096,
+    )
+    ranker_weight: float = setting(
+        4.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+    )
+    ranker_cost: float = setting(
+        1.0, "Cost of errors against the size of the ranker's weights (C of LIBLINEAR).", low=1e-6, high=1e6
+    )
+    ranker_threshold: float = setting(
+        0.1, "Weights of the ranker of smaller magnitude are dropped.", low=0.0, high=1e6
+    )
+
     # Optimiser
     batch_size: int = setting(256, "Rows in a step.", low=1)
     epochs: int = setting(5, "Passes over the training rows.", low=1)

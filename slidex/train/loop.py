@@ -45,6 +45,7 @@ from slidex.train.dense_adam import DenseAdam
 from slidex.train.distributed import Solo
 from slidex.train.probe import RecallProbe
 from slidex.train.queries import draw_queries, own_classes
+from slidex.train.ranking import fit_ranker
 from slidex.train.rows import split_rows
 from slidex.train.run import Run, check_same_run
 from slidex.train.settle import STREAM_ORDER, counter_rng, learning_rate, settle
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 Notify = Callable[[str, dict[str, Any]], None]
 """Called with an event and its facts: ``compiling`` (a kernel, before or in the first steps), ``start``, ``message``,
-``step``, ``report``, ``epoch``, ``warning``, ``validation``, ``checkpoint``."""
+``step``, ``report``, ``epoch``, ``warning``, ``validation``, ``checkpoint``; then ``ranker``."""
 
 
 def fit(
@@ -108,10 +109,14 @@ def fit(
         if resume:
             run = Run.open(out)
             check_same_run(run, dataset, config)
-            return Trainer(dataset, config, tell, ranks).fit(run, resume=True)
-        trainer = Trainer(dataset, config, tell, ranks)
-        meta = ranks.on_main(lambda: Run.create(out, config, dataset).meta)
-        return trainer.fit(Run(Path(out), meta), resume=False)
+            Trainer(dataset, config, tell, ranks).fit(run, resume=True)
+        else:
+            trainer = Trainer(dataset, config, tell, ranks)
+            run = Run(Path(out), ranks.on_main(lambda: Run.create(out, config, dataset).meta))
+            trainer.fit(run, resume=False)
+        if config.ranker_candidates and ranks.main:  # nobody waits for it
+            fit_ranker(run, dataset, tell)
+        return run
 
 
 class Trainer:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.kernels import cpu as kernels
 from slidex.metrics import first_is_true
 
 if TYPE_CHECKING:
@@ -75,10 +74,7 @@ class MistakeKeeper:
             return
         own_y = y.take(missed)
         true_MP = _padded(own_y)
-        with torch.no_grad():
-            hidden_MD = self._model.encoder(x.take(missed))
-        head = self._model.head
-        true_scores_MP = kernels.pair_logits(hidden_MD, head.weight, head.bias, true_MP)
+        true_scores_MP = self._model.scores(x.take(missed), true_MP)
         margins_M = (scores_NK[missed, 0] - true_scores_MP.amax(dim=1)).numpy()
         least = self._kept[-1][0] if len(self._kept) == self._count else -np.inf
         for m in np.argsort(-margins_M, kind="stable")[: self._count]:

@@ -33,11 +33,12 @@ def predict(
         indexed: Score only the classes that the index proposes, instead of all.
         probabilities: Add a probability to every class: of a model trained with softmax loss its share of the softmax
             over all classes, whose partition function is estimated where `indexed`
-            (`slidex.nn.partition.PartitionEstimator`); of one trained with logistic loss the sigmoid of its score.
+            (`slidex.nn.partition.PartitionEstimator`); of one trained with logistic loss the sigmoid of its logit. They
+            are the network's own, also where a ranker orders the classes.
 
     Yields:
         For every row: ``row`` (from 0), and ``classes``, a list of ``id``, ``score``, given `names` ``name``, and if
-        asked for ``probability``. Scores are the model's logits.
+        asked for ``probability``. Scores are the model's logits, with a ranker's share where it has one.
 
     Raises:
         DataError: if a block has another number of features than the model.
@@ -47,20 +48,22 @@ def predict(
     estimator = model.partition_estimator(k) if totals and indexed else None
     for block in blocks:
         ranked = model.ranked(block, k, indexed=indexed, totals=totals, estimator=estimator)
-        for scores_NK, ids_NK, log_total_N in ranked:
-            shares_NK = class_probabilities(scores_NK, log_total_N).numpy() if probabilities else None
-            for n, (scores, ids) in enumerate(zip(scores_NK.numpy(), ids_NK.numpy(), strict=True)):
+        for best in ranked:
+            shares_NK = (
+                class_probabilities(best.logits_NK, best.log_total_N).numpy() if probabilities else None
+            )
+            for n, (scores, ids) in enumerate(zip(best.scores_NK.numpy(), best.ids_NK.numpy(), strict=True)):
                 shares = [None] * len(ids) if shares_NK is None else shares_NK[n]
                 classes = zip(ids, scores, shares, strict=True)
                 yield {"row": row, "classes": [_record(*c, names) for c in classes if c[0] >= 0]}
                 row += 1
 
 
-def class_probabilities(scores_NK: torch.Tensor, log_total_N: torch.Tensor | None) -> torch.Tensor:
-    """Probabilities float32 (N, K) of scores: their share of the partition function, at most 1; None for sigmoids."""
+def class_probabilities(logits_NK: torch.Tensor, log_total_N: torch.Tensor | None) -> torch.Tensor:
+    """Probabilities float32 (N, K) of logits: their share of the partition function, at most 1; None for sigmoids."""
     if log_total_N is None:
-        return scores_NK.sigmoid()
-    return (scores_NK - log_total_N[:, None]).exp().clamp_(max=1.0)
+        return logits_NK.sigmoid()
+    return (logits_NK - log_total_N[:, None]).exp().clamp_(max=1.0)
 
 
 def _record(

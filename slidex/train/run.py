@@ -5,6 +5,7 @@ log.jsonl       one line for each report, validation and checkpoint
 best.json       step and P@1 of the best validation, if there was one
 names/          class_counts.npy; labels.jsonl and vectorizer/, copied from the data set, where it has them
 checkpoints/    step_NNNNNNNN/, see slidex.train.checkpoint
+ranker/         the linear ranker, see slidex.train.kept_ranker, where there is one
 prediction/     the index that slidex tune-index chose, see slidex.train.tuned; not there before
 """
 
@@ -28,6 +29,8 @@ from slidex.nn.classifier import Classifier
 from slidex.nn.selection import make_config_index
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
+from slidex.train.kept_ranker import load_ranker
+from slidex.train.records import read_header
 from slidex.train.tuned import TunedIndex, load_tuned
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from slidex.data import Dataset
     from slidex.data.vectorizers import Vectorizer
     from slidex.lsh import CandidateIndex
+    from slidex.nn.ranker import LinearRanker
 
 FORMAT, VERSION = "slidex-run", 1
 META_FIELDS = {
@@ -123,21 +127,9 @@ class Run:
         """
         path = Path(path)
         file = path / "run.json"
-        try:
-            meta = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{path}: is no run directory: it has no run.json.") from error
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read: {error}.") from error
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise CheckpointError(f"{file}: its 'format' must be {FORMAT!r}.")
-        if meta.get("version") != VERSION:
-            raise CheckpointError(
-                f"{file}: is of version {meta.get('version')}; this slidex ({slidex.__version__}) reads {VERSION}."
-            )
-        for name, kind in META_FIELDS.items():
-            if not isinstance(meta.get(name), kind):
-                raise CheckpointError(f"{file}: its {name!r} is missing or damaged.")
+        meta = read_header(file, (FORMAT, VERSION), META_FIELDS)
+        if meta is None:
+            raise CheckpointError(f"{path}: is no run directory: it has no run.json.")
         verify_files(path, meta["files"])
         return cls(path, meta)
 
@@ -251,19 +243,28 @@ class Run:
             )
         return tuned
 
-    def model(self, checkpoint: Checkpoint | None = None, *, indexed: bool = False) -> Classifier:
-        """The trained model.
+    def ranker(self, checkpoint: Checkpoint | None = None) -> LinearRanker | None:
+        """The linear ranker fitted beside the weights of a checkpoint, or None where the settings ask for none.
 
         Args:
-            checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
-            indexed: Also build an index over these weights: the one that `tuned` gives, else that of training. The
-                one in the checkpoint is older than the weights: it is there so that a resumed run takes the very
-                steps an unbroken one would, and for what the index has learned from hidden vectors.
+            checkpoint: None takes the one that `checkpoint` chooses.
 
         Raises:
-            CheckpointError: as `checkpoint` and `tuned`, or if the weights do not fit ``run.json``.
-            ConfigError: if `indexed` is asked of a model that was trained without an index, and none was tuned.
+            CheckpointError: if it is missing, damaged, or was fitted beside the weights of another step.
         """
+        if not self.config.ranker_candidates:
+            return None
+        step, found = (checkpoint or self.checkpoint()).step, load_ranker(self.path)
+        if found is None or found.step != step:
+            what = "none yet" if found is None else f"one for step {found.step}"
+            raise CheckpointError(
+                f"{self.path}: its settings ask for a ranker for the weights of step {step}; there is {what}. "
+                "Continue the run with slidex train --resume."
+            )
+        return found.ranker(self.config)
+
+    def network(self, checkpoint: Checkpoint | None = None) -> Classifier:
+        """The trained model without ranker and with no index built: `checkpoint` and its errors as in `model`."""
         checkpoint = checkpoint or self.checkpoint()
         model = Classifier.from_config(
             self.config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
@@ -275,6 +276,23 @@ class Run:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
                 ) from error
+        return model
+
+    def model(self, checkpoint: Checkpoint | None = None, *, indexed: bool = False) -> Classifier:
+        """The trained model, with its ranker where it has one.
+
+        Args:
+            checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
+            indexed: Also build an index over these weights: the one that `tuned` gives, else that of training. The
+                one in the checkpoint is older than the weights: it is there so that a resumed run takes the very
+                steps an unbroken one would, and for what the index has learned from hidden vectors.
+
+        Raises:
+            CheckpointError: as `checkpoint`, `ranker` and `tuned`, or if the weights do not fit ``run.json``.
+            ConfigError: if `indexed` is asked of a model that was trained without an index, and none was tuned.
+        """
+        checkpoint = checkpoint or self.checkpoint()
+        model = replace(self.network(checkpoint), ranker=self.ranker(checkpoint))
         if not indexed:
             return model
         if tuned := self.tuned(checkpoint):

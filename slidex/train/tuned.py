@@ -11,20 +11,14 @@ read is not kept, as reading one can do harm.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-import slidex
 from slidex.errors import CheckpointError, ConfigError
 from slidex.lsh import HashIndex, make_index
-from slidex.train.checkpoint import record_files, sync, verify_files, write_atomically
+from slidex.train.records import load_tensors, read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,13 +88,13 @@ class TunedIndex:
             return index
         if self.path is None or not isinstance(index, HashIndex):
             raise CheckpointError(f"{self.path}: has a state for an index that keeps none: {self.index!r}.")
-        file = self.path.parent / next(iter(self.files))
+        state = load_tensors(self.path, self.files)
         try:
-            state = load_file(file)
             index.family.load_parameters(state)
             codes = index.family.hash_rows(weight_CD, bias_C)
             index.load_state(state | {"codes": torch.from_numpy(codes)}, weight_CD, bias_C)
-        except (OSError, SafetensorError, ConfigError, KeyError) as error:
+        except (ConfigError, KeyError) as error:
+            file = self.path.parent / next(iter(self.files))
             raise CheckpointError(f"{file}: does not fit {self.path}: {error}.") from error
         return index
 
@@ -118,21 +112,10 @@ def save_tuned(run: Path, tuned: TunedIndex, state: Mapping[str, torch.Tensor]) 
     Raises:
         CheckpointError: it cannot be written; an earlier choice is then still there.
     """
-    folder = run / FOLDER
-    try:
-        folder.mkdir(exist_ok=True)
-        files = _save_state(folder, state) if state else {}
-        body = {"format": FORMAT, "version": VERSION, "slidex": slidex.__version__}
-        body |= {name: value for name, value in asdict(tuned).items() if name in _FIELDS} | {"files": files}
-        text = json.dumps(body | {"checksum": _digest(body)}, indent=1)
-        write_atomically(folder / FILE, text)
-        sync(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
-    for old in folder.glob("state_*.safetensors"):
-        if old.name not in files:
-            old.unlink(missing_ok=True)
-    return folder / FILE
+    file = run / FOLDER / FILE
+    body = {name: value for name, value in asdict(tuned).items() if name in _FIELDS}
+    write_record(file, (FORMAT, VERSION), body, state)
+    return file
 
 
 def load_tuned(run: Path) -> TunedIndex | None:
@@ -142,47 +125,5 @@ def load_tuned(run: Path) -> TunedIndex | None:
         CheckpointError: it is damaged, of another version, or its state is missing or altered.
     """
     file = run / FOLDER / FILE
-    try:
-        body = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}.") from error
-    if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: its 'format' must be {FORMAT!r}.")
-    if body.get("version") != VERSION:
-        raise CheckpointError(
-            f"{file}: is of version {body.get('version')}; this slidex ({slidex.__version__}) reads {VERSION}."
-        )
-    checksum = body.pop("checksum", None)
-    if checksum != _digest(body):
-        raise CheckpointError(f"{file}: its checksum is not the one recorded: it was altered.")
-    for name, kind in {**_FIELDS, "files": dict}.items():
-        if not isinstance(body.get(name), kind):
-            raise CheckpointError(f"{file}: its {name!r} is missing or damaged.")
-    if any("/" in name or os.sep in name for name in body["files"]):
-        raise CheckpointError(f"{file}: its 'files' must lie beside it. Got {list(body['files'])} instead.")
-    verify_files(file.parent, body["files"])
-    return TunedIndex(**{name: body[name] for name in _FIELDS}, path=file, files=body["files"])
-
-
-def _save_state(folder: Path, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-    """Writes the tensors under a name made of their checksum, so that an earlier state is never overwritten."""
-    temporary = folder / f".tmp-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        save_file({name: value.contiguous() for name, value in state.items()}, temporary / "state")
-        record = record_files(temporary)["state"]
-        name = f"state_{record['blake2b'][:8]}.safetensors"
-        sync(temporary / "state")
-        (temporary / "state").replace(folder / name)
-    finally:
-        (temporary / "state").unlink(missing_ok=True)
-        temporary.rmdir()
-    sync(folder)
-    return {name: record}
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    body = read_record(file, (FORMAT, VERSION), _FIELDS)
+    return None if body is None else TunedIndex(**body, path=file)

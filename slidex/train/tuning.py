@@ -145,7 +145,7 @@ def tune(
     """
     run.check_sizes(dataset)
     checkpoint = run.checkpoint()
-    model = run.model(checkpoint)
+    model = run.network(checkpoint)
     held = held_out(run, dataset, settings.split, settings.rows)
     chooses = Exact.of(model, *held.half(False), settings.k)
     if settings.measure == "hits" and not chooses.hit_N.any():
@@ -334,9 +334,9 @@ def partition_report(model: Classifier, x: CsrArrays, exact: Exact) -> dict[str,
     """The error of the estimated partition function Z, relative to Z, and how well first probabilities fit."""
     k = exact.ids_NK.shape[1]
     ranked = list(model.ranked(x, k, indexed=True, totals=True))
-    estimate_N = torch.cat([total for _, _, total in ranked if total is not None])
+    estimate_N = torch.cat([best.log_total_N for best in ranked if best.log_total_N is not None])
     error_N = (estimate_N.double() - exact.log_total_N.double()).exp() - 1
-    first_N = torch.cat([scores[:, 0] for scores, _, _ in ranked])
+    first_N = torch.cat([best.logits_NK[:, 0] for best in ranked])
     return {
         "classes": len(model.partition_estimator(k).ids_S),
         "mean_error": float(error_N.mean()),

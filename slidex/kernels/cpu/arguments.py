@@ -37,18 +37,19 @@ class Arguments:
     def __init__(self, caller: str, dtype: torch.dtype) -> None:
         self.caller, self.dtype = caller, dtype
         if dtype not in FLOATS:
-            self._fail("dtype", "torch.float32 or torch.float64", dtype)
+            self.fail("dtype", "torch.float32 or torch.float64", dtype)
 
-    def _fail(self, name: str, constraint: str, value: object) -> NoReturn:
+    def fail(self, name: str, constraint: str, value: object) -> NoReturn:
+        """Raises the error of a parameter that does not fit."""
         raise ConfigError(
             f"The {name!r} parameter of {self.caller} must be {constraint}. Got {value!r} instead."
         )
 
     def _view(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
         if tensor.device.type != "cpu":
-            self._fail(name, "on the CPU", str(tensor.device))
+            self.fail(name, "on the CPU", str(tensor.device))
         if tuple(tensor.shape) != shape:
-            self._fail(name, f"of shape {shape}", tuple(tensor.shape))
+            self.fail(name, f"of shape {shape}", tuple(tensor.shape))
         if tensor.requires_grad:
             tensor = tensor.detach()
         return tensor.numpy() if tensor.is_contiguous() else tensor.contiguous().numpy()
@@ -56,7 +57,7 @@ class Arguments:
     def floats(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """View of an input of the call's dtype; a strided input is copied."""
         if tensor.dtype != self.dtype:
-            self._fail(name, f"of dtype {self.dtype}", tensor.dtype)
+            self.fail(name, f"of dtype {self.dtype}", tensor.dtype)
         return self._view(name, tensor, shape)
 
     def floats_or(
@@ -70,7 +71,7 @@ class Arguments:
     def in_place(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """View of a tensor that the kernel overwrites; it must be contiguous."""
         if not tensor.is_contiguous():
-            self._fail(name, "contiguous, as it is changed in place", tuple(tensor.stride()))
+            self.fail(name, "contiguous, as it is changed in place", tuple(tensor.stride()))
         return self.floats(name, tensor, shape)
 
     def floats_or_none(self, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -87,7 +88,7 @@ class Arguments:
             none = self.floats_or_none(name, None, shape)
             return none, none, none
         if state is None:
-            self._fail(f"state of {name}", "given with it", None)
+            self.fail(f"state of {name}", "given with it", None)
         return self.parameter(name, tensor, state, shape)
 
     def parameter(
@@ -105,20 +106,26 @@ class Arguments:
     def ids(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
         """View of an integer tensor whose entries all lie in ``[low, high)``."""
         if tensor.dtype not in INTEGERS:
-            self._fail(name, "of dtype torch.int64 or torch.int32", tensor.dtype)
+            self.fail(name, "of dtype torch.int64 or torch.int32", tensor.dtype)
         view = self._view(name, tensor, shape)
         least, most = _extremes(view.reshape(-1), low)
         if view.size and (least < low or most >= high):
-            self._fail(name, f"made of ids in [{low}, {high})", int(least if least < low else most))
+            self.fail(name, f"made of ids in [{low}, {high})", int(least if least < low else most))
         return view
+
+    def flags(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        """View of a bool tensor."""
+        if tensor.dtype != torch.bool:
+            self.fail(name, "of dtype torch.bool", tensor.dtype)
+        return self._view(name, tensor, shape)
 
     def offsets(self, name: str, tensor: torch.Tensor, num_rows: int, nnz: int) -> np.ndarray:
         """View of a CSR ``indptr``: int64 (num_rows + 1,), from 0 up to ``nnz`` and never falling."""
         if tensor.dtype != torch.int64:
-            self._fail(name, "of dtype torch.int64", tensor.dtype)
+            self.fail(name, "of dtype torch.int64", tensor.dtype)
         view = self._view(name, tensor, (num_rows + 1,))
         if view[0] != 0 or view[-1] != nnz or np.any(view[1:] < view[:-1]):
-            self._fail(name, f"rising from 0 to {nnz}", view)
+            self.fail(name, f"rising from 0 to {nnz}", view)
         return view
 
 

@@ -52,6 +52,12 @@ def _prefetch(typingctx, array, offset):  # noqa: ARG001
 
 
 @njit(nogil=True, inline="always")
+def prefetch_at(array, offset):
+    """Ask for the cache line of one element of a C-contiguous array; an offset outside it does no harm."""
+    _prefetch(array, offset)  # pyrefly: ignore[missing-argument]  (Numba passes the first)
+
+
+@njit(nogil=True, inline="always")
 def prefetch_row(matrix, row):
     """Ask for every cache line of one row of a C-contiguous matrix."""
     width = matrix.shape[1]

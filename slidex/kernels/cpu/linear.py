@@ -1,0 +1,348 @@
+"""One linear classifier for each class over sparse features, fitted and scored on the rows that matter to the class.
+
+A class's problem is small: its true rows and the rows it was a candidate for. These are copied next to each other with
+the features that occur in them numbered from 0, so that the passes of coordinate descent stay in the cache; the
+features' own numbers come back when weights are written out. Letters: N rows, F features, C classes, P pairs of class
+and row, A candidates per row, W weights kept.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+from slidex.kernels.cpu.arguments import Arguments, num_chunks
+from slidex.kernels.cpu.intrinsics import CACHE_LINE, FUSE, prefetch_at
+from slidex.kernels.linear_weights import LinearWeights
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PAIRS_AHEAD, _LINES_AHEAD = 4, 2
+_SEARCH_COST = (
+    4  # looking up one of a row's features among a class's weights, in steps of reading weights in order
+)
+
+
+def linear_fit(
+    class_indptr: torch.Tensor,
+    rows: torch.Tensor,
+    positive: torch.Tensor,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    num_features: int,
+    *,
+    cost: float,
+    threshold: float = 0.0,
+    passes: int = 20,
+    tolerance: float = 0.1,
+    progress: Callable[[int, int], None] | None = None,
+) -> LinearWeights:
+    """Weights and bias of every class's linear SVM with squared hinge loss.
+
+    For each class ``min_w |w|^2 / 2 + bias^2 / 2 + cost * sum_p max(0, 1 - y_p (w . x_p + bias))^2`` over its pairs p,
+    with ``y_p`` = 1 for its true rows and -1 for the others: LIBLINEAR's L2-regularised L2-loss SVC, by its dual
+    coordinate descent with shrinking (Hsieh et al., ICML 2008, algorithm 3). Classes are independent: the answer
+    depends neither on the number of threads nor on other classes. Reference: `slidex.kernels.reference.linear_fit`.
+
+    Args:
+        class_indptr: int64 (C + 1,), class c has the pairs ``class_indptr[c]:class_indptr[c + 1]``.
+        rows: int32 or int64 (P,), each in [0, N), each at most once in a class.
+        positive: bool (P,), whether the class is true for the row.
+        indptr: int64 (N + 1,), the features of the rows.
+        indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
+        values: float32 or float64 (nnz,).
+        num_features: F.
+        cost: Of the loss, against the size of the weights; above 0.
+        threshold: Weights of smaller magnitude are left out; the bias is always kept.
+        passes: Over a class's pairs, at most.
+        tolerance: A class is done when the projected gradients of all its pairs lie within so much of each other.
+        progress: Called with classes done and classes in all, now and then, from one thread.
+
+    Returns:
+        The weights, of the dtype of `values`. A class without pairs has none, and bias -1: it is never true.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
+    """
+    check = Arguments("linear_fit", values.dtype)
+    num_classes, num_rows, nnz = max(len(class_indptr) - 1, 0), max(len(indptr) - 1, 0), len(indices)
+    for name, value, least in (
+        ("threshold", threshold, 0),
+        ("passes", passes, 1),
+        ("tolerance", tolerance, 0),
+    ):
+        if not value >= least:
+            check.fail(name, f"at least {least}", value)
+    if not cost > 0:
+        check.fail("cost", "above 0", cost)
+    starts = check.offsets("class_indptr", class_indptr, num_classes, len(rows))
+    arrays = (
+        check.ids("rows", rows, (len(rows),), 0, num_rows),
+        check.flags("positive", positive, (len(rows),)),
+        check.offsets("indptr", indptr, num_rows, nnz),
+        check.ids("indices", indices, (nnz,), 0, num_features),
+        check.floats("values", values, (nnz,)),
+    )
+    bounds = np.searchsorted(starts, np.linspace(0, starts[-1], num_chunks() + 1)[1:-1])
+    bounds = np.unique([0, *bounds, num_classes])
+    numbers = (num_features, cost, threshold, passes, tolerance)
+
+    def fit(first: int, last: int) -> tuple[np.ndarray, ...]:
+        return _fit_classes(first, starts[first : last + 1], *arrays, *numbers)
+
+    parts: list[tuple[np.ndarray, ...]] = []
+    with ThreadPoolExecutor(numba.get_num_threads()) as pool:
+        for last, part in zip(bounds[1:], pool.map(fit, bounds[:-1], bounds[1:]), strict=True):
+            parts.append(part)
+            if progress is not None:
+                progress(int(last), num_classes)
+    counts, features, kept, biases = (
+        torch.from_numpy(np.concatenate(kind)) for kind in zip(*parts, strict=True)
+    )
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return LinearWeights(ends, features, kept, biases, num_features)
+
+
+def linear_scores(
+    weights: LinearWeights,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    candidates_NA: torch.Tensor,
+) -> torch.Tensor:
+    """``scores[n, a] = x[n] . w[c] + bias[c]`` with ``c = candidates[n, a]``; -inf at pads.
+
+    A class with few weights has all of them read; of one with many, the row's features are looked up. Deterministic.
+    Reference: `slidex.kernels.reference.linear_scores`.
+
+    Args:
+        weights: Of C classes over F features.
+        indptr: int64 (N + 1,), the features of the rows.
+        indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
+        values: (nnz,), dtype of the weights.
+        candidates_NA: int32 or int64, classes in [0, C), or -1 for none.
+
+    Returns:
+        scores (N, A) of the dtype of the weights.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or id does not fit.
+    """
+    check = Arguments("linear_scores", weights.values.dtype)
+    num_rows, nnz = max(len(indptr) - 1, 0), len(indices)
+    out_NA = torch.empty(num_rows, candidates_NA.shape[1], dtype=weights.values.dtype)
+    _score_rows(
+        weights.indptr.numpy(),
+        weights.features.numpy(),
+        weights.values.numpy(),
+        weights.bias.numpy(),
+        check.offsets("indptr", indptr, num_rows, nnz),
+        check.ids("indices", indices, (nnz,), 0, weights.num_features),
+        check.floats("values", values, (nnz,)),
+        weights.num_features,
+        check.ids("candidates_NA", candidates_NA, (num_rows, candidates_NA.shape[1]), -1, len(weights.bias)),
+        num_chunks(),
+        out_NA.numpy(),
+    )
+    return out_NA
+
+
+@njit(cache=True, nogil=True)
+def _fit_classes(
+    first, starts, rows, positive, indptr, indices, values, num_features, cost, threshold, passes, tolerance
+):
+    """The classes from `first` on, whose pairs begin at `starts`; the other arguments are those of `linear_fit`.
+
+    Returns how many weights each class has, int64; their features, int32; the weights; the biases.
+    """
+    num = len(starts) - 1
+    counts, biases = np.zeros(num, np.int64), np.full(num, -1, values.dtype)
+    kept_f, kept_w, kept = np.empty(1024, np.int32), np.empty(1024, values.dtype), 0
+    seen_F, local_F = np.full(num_features, -1, np.int32), np.empty(num_features, np.int32)
+    feature_L, w_L = np.empty(num_features, np.int32), np.empty(num_features, values.dtype)
+    ids, x = np.empty(0, np.int32), np.empty(0, values.dtype)
+    for c in range(num):
+        pairs = slice(starts[c], starts[c + 1])
+        if starts[c] == starts[c + 1]:
+            continue
+        own, size = rows[pairs], 0
+        at = np.empty(len(own) + 1, np.int64)
+        for p in range(len(own)):
+            at[p] = size
+            size += indptr[own[p] + 1] - indptr[own[p]]
+        at[len(own)] = size
+        if size > len(ids):
+            ids, x = np.empty(size + size // 4, np.int32), np.empty(size + size // 4, values.dtype)
+        width = _copy_rows(c, own, at, indptr, indices, values, seen_F, local_F, feature_L, ids, x)
+        w_L[:width] = 0
+        biases[c] = _descend(first + c, positive[pairs], at, ids, x, w_L, cost, passes, tolerance)
+        chosen = np.flatnonzero((w_L[:width] != 0) & (np.abs(w_L[:width]) >= threshold))
+        chosen = chosen[np.argsort(feature_L[chosen])]
+        if kept + len(chosen) > len(kept_f):
+            room = 2 * (kept + len(chosen))
+            kept_f, kept_w = _grown(kept_f, room), _grown(kept_w, room)
+        kept_f[kept : kept + len(chosen)], kept_w[kept : kept + len(chosen)] = feature_L[chosen], w_L[chosen]
+        counts[c] = len(chosen)
+        kept += len(chosen)
+    return counts, kept_f[:kept].copy(), kept_w[:kept].copy(), biases
+
+
+@njit(nogil=True)
+def _grown(array, size):
+    larger = np.empty(size, array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@njit(nogil=True)
+def _shuffle(order, state):
+    """Shuffles (Fisher and Yates) with a xorshift generator in this state; returns its next."""
+    for k in range(len(order) - 1):
+        state ^= state << np.uint64(13)
+        state ^= state >> np.uint64(7)
+        state ^= state << np.uint64(17)
+        other = k + np.int64((state >> np.uint64(32)) % np.uint64(len(order) - k))
+        order[other], order[k] = order[k], order[other]
+    return state
+
+
+@njit(nogil=True)
+def _copy_rows(c, own, at, indptr, indices, values, seen_F, local_F, feature_L, ids, x):
+    """Copies a class's rows next to each other, with features numbered as they come; returns how many there are."""
+    width = 0
+    for p in range(len(own)):
+        start = indptr[own[p]]
+        for j in range(at[p + 1] - at[p]):
+            f = indices[start + j]
+            if seen_F[f] != c:
+                seen_F[f], local_F[f], feature_L[width] = c, width, f
+                width += 1
+            ids[at[p] + j], x[at[p] + j] = local_F[f], values[start + j]
+    return width
+
+
+@njit(nogil=True, fastmath=FUSE)
+def _descend(seed, positive, at, ids, x, w_L, cost, passes, tolerance):
+    """Dual coordinate descent for one class; leaves the weights in `w_L` and returns the bias."""
+    count, kind = len(positive), x.dtype
+    ridge = kind.type(0.5 / cost)  # what the squared loss adds to the diagonal of the dual's quadratic form
+    alpha_P, square_P, active_P = np.zeros(count, kind), np.empty(count, kind), np.arange(count)
+    for p in range(count):
+        square_P[p] = 1 + ridge  # the bias is a feature of value 1
+        for j in range(at[p], at[p + 1]):
+            square_P[p] += x[j] * x[j]
+    bias, active = kind.type(0), count
+    state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
+    ceiling = np.inf  # of the gradient of a pair at its bound; those above it are set aside
+    for _ in range(passes):
+        highest, lowest, left = -np.inf, np.inf, 0
+        state = _shuffle(active_P[:active], state)
+        for k in range(active):
+            p = active_P[k]
+            if k + _PAIRS_AHEAD < active:
+                _prefetch_start(at[active_P[k + _PAIRS_AHEAD]], ids, x)
+            sign = kind.type(1) if positive[p] else kind.type(-1)
+            gradient = sign * (_sparse_dot(at[p], at[p + 1], ids, x, w_L) + bias) - 1 + alpha_P[p] * ridge
+            if alpha_P[p] == 0 and gradient > ceiling:
+                continue
+            active_P[left] = p
+            left += 1
+            projected = min(gradient, 0) if alpha_P[p] == 0 else gradient
+            highest, lowest = max(highest, projected), min(lowest, projected)
+            if projected != 0:
+                before = alpha_P[p]
+                alpha_P[p] = max(before - gradient / square_P[p], 0)
+                step = (alpha_P[p] - before) * sign
+                bias += step
+                for j in range(at[p], at[p + 1]):
+                    w_L[ids[j]] += step * x[j]
+        if highest - lowest > tolerance:
+            active, ceiling = left, highest if highest > 0 else np.inf
+        elif left == count:
+            break
+        else:  # look at all pairs again
+            active, ceiling = count, np.inf
+            for p in range(count):
+                active_P[p] = p
+    return bias
+
+
+@njit(nogil=True, inline="always")
+def _prefetch_start(start, ids, x):
+    """Asks for the first cache lines of a pair's row; reading on, the processor finds the rest by itself."""
+    for line in range(_LINES_AHEAD):
+        prefetch_at(ids, start + line * CACHE_LINE // ids.itemsize)
+        prefetch_at(x, start + line * CACHE_LINE // x.itemsize)
+
+
+@njit(nogil=True, fastmath=FUSE)
+def _sparse_dot(start, stop, ids, x, w):
+    """``sum_j x[j] * w[ids[j]]``: four sums, so that additions do not wait for each other; always in this order."""
+    a = b = c = d = x.dtype.type(0)
+    whole = start + (stop - start) // 4 * 4
+    for j in range(start, whole, 4):
+        a += x[j] * w[ids[j]]
+        b += x[j + 1] * w[ids[j + 1]]
+        c += x[j + 2] * w[ids[j + 2]]
+        d += x[j + 3] * w[ids[j + 3]]
+    for j in range(whole, stop):
+        a += x[j] * w[ids[j]]
+    return (a + b) + (c + d)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _score_rows(
+    class_indptr,
+    features,
+    weights,
+    bias_C,
+    indptr,
+    indices,
+    values,
+    num_features,
+    candidates_NA,
+    chunks,
+    out_NA,
+):
+    num_rows = len(candidates_NA)
+    for chunk in prange(chunks):
+        x_F = np.zeros(num_features, values.dtype)
+        for n in range(num_rows * chunk // chunks, num_rows * (chunk + 1) // chunks):
+            row = slice(indptr[n], indptr[n + 1])
+            ids, x = indices[row], values[row]
+            for j in range(len(ids)):
+                x_F[ids[j]] = x[j]
+            for a in range(candidates_NA.shape[1]):
+                c = candidates_NA[n, a]
+                if c < 0:
+                    out_NA[n, a] = -np.inf
+                    continue
+                start, stop = class_indptr[c], class_indptr[c + 1]
+                if len(ids) * _SEARCH_COST * np.log2(stop - start + 1) < stop - start:
+                    out_NA[n, a] = bias_C[c] + _looked_up(ids, x, features[start:stop], weights[start:stop])
+                else:
+                    out_NA[n, a] = bias_C[c] + _sparse_dot(start, stop, features, weights, x_F)
+            for j in range(len(ids)):
+                x_F[ids[j]] = 0
+
+
+@njit(nogil=True, fastmath=FUSE)
+def _looked_up(ids, x, features, weights):
+    """``sum_j x[j] * w[ids[j]]`` with the weights of a class found by bisection."""
+    total = x.dtype.type(0)
+    for j in range(len(ids)):
+        low, size = 0, len(features)
+        while size > 1:  # the last feature that is not above ids[j] is among `size` from `low`
+            half = size >> 1
+            low += half if features[low + half] <= ids[j] else 0
+            size -= half
+        if features[low] == ids[j]:
+            total += x[j] * weights[low]
+    return total

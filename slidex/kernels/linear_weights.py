@@ -1,0 +1,64 @@
+"""The weights of one sparse linear classifier for each class: what `linear_fit` returns and `linear_scores` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slidex.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearWeights:
+    """Compressed sparse rows of weights over F features, one row for each of C classes, checked once where it is made.
+
+    Args:
+        indptr: int64 (C + 1,), from 0 to W.
+        features: int32 (W,), in [0, F), rising within a class.
+        values: float32 or float64 (W,), the weights.
+        bias: dtype of `values`, (C,).
+        num_features: F.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or feature does not fit.
+    """
+
+    indptr: torch.Tensor
+    features: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    num_features: int
+
+    def __post_init__(self) -> None:
+        for name, kinds, shape in (
+            ("indptr", (torch.int64,), (len(self.bias) + 1,)),
+            ("features", (torch.int32,), (len(self.values),)),
+            ("values", (torch.float32, torch.float64), (len(self.values),)),
+            ("bias", (self.values.dtype,), (len(self.bias),)),
+        ):
+            tensor = getattr(self, name)
+            if tensor.dtype not in kinds or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                self._fail(
+                    name, f"contiguous, of dtype {kinds[0]} and shape {shape}", (tensor.dtype, *tensor.shape)
+                )
+        ends = self.indptr
+        if ends[0] != 0 or ends[-1] != len(self.features) or bool((ends[1:] < ends[:-1]).any()):
+            self._fail("indptr", f"rising from 0 to {len(self.features)}", ends)
+        rises = self.features[1:] > self.features[:-1]
+        rises[ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < len(self.features))] - 1] = (
+            True  # from a class to the next
+        )
+        low, high = (int(f) for f in torch.aminmax(self.features)) if len(self.features) else (0, 0)
+        if low < 0 or high >= max(self.num_features, 1) or not bool(rises.all()):
+            self._fail("features", f"rising ids in [0, {self.num_features}) within a class", (low, high))
+
+    def _fail(self, name: str, constraint: str, found: object) -> None:
+        raise ConfigError(
+            f"The {name!r} parameter of LinearWeights must be {constraint}. Got {found} instead."
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.nbytes for part in (self.indptr, self.features, self.values, self.bias))

@@ -1,0 +1,120 @@
+"""A linear classifier over the input's own features that ranks the network's best classes anew.
+
+A network of one hidden layer cannot keep what each of some hundred thousand features says of each class; a linear
+classifier for every class can, but to score them all is slow. So the network proposes classes, and linear classifiers,
+each fitted on just the rows that its class was proposed for, judge beside it (the "matcher" and "ranker" of PECOS, Yu
+et al., JMLR 2022).
+
+Legend: N rows, C classes, F features, A candidates per row, P pairs of class and row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numba
+import numpy as np
+import torch
+
+from slidex.kernels.cpu import linear_scores
+
+if TYPE_CHECKING:
+    from slidex.data import CsrArrays
+    from slidex.kernels.linear_weights import LinearWeights
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRanker:
+    """Adds a linear score of the input to the logits of candidates.
+
+    Args:
+        weights: Of C classes over the F input features, for rows of unit L2 norm.
+        candidates: How many of a row's best classes it was fitted to tell apart, and is to rank.
+        factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
+    """
+
+    weights: LinearWeights
+    candidates: int
+    factor: float
+
+    def scores(self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
+        """``logits + factor * (w_c . x / |x| + b_c)``: float32 (N, A), -inf at pads.
+
+        Args:
+            x: N rows of features.
+            logits_NA: float32, the head's scores.
+            ids_NA: int64, their classes, padded with -1.
+        """
+        return logits_NA + self.factor * linear_scores(self.weights, *row_tensors(x.unit_rows()), ids_NA)
+
+    def rank(
+        self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, classes and logits, each (N, k), of the candidates with the k highest scores, best first."""
+        scores_NK, best_NK = self.scores(x, logits_NA, ids_NA).topk(k)
+        return scores_NK, ids_NA.gather(1, best_NK), logits_NA.gather(1, best_NK)
+
+
+def row_tensors(x: CsrArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Offsets, features and values of rows that have values, as kernels take them."""
+    return torch.from_numpy(x.indptr), torch.from_numpy(x.indices), torch.from_numpy(x.values)
+
+
+class ClassPairs(NamedTuple):
+    """Which rows each class is fitted on.
+
+    Args:
+        indptr: int64 (C + 1,), class c has the pairs ``indptr[c]:indptr[c + 1]``.
+        rows: int32 (P,), rising within a class.
+        positive: bool (P,), whether the class is true for the row.
+    """
+
+    indptr: torch.Tensor
+    rows: torch.Tensor
+    positive: torch.Tensor
+
+
+def class_pairs(labels: CsrArrays, candidates_NA: np.ndarray) -> ClassPairs:
+    """Every class's true rows, and the other rows that it is a candidate for.
+
+    Args:
+        labels: True classes of N rows.
+        candidates_NA: int32 (N, A), distinct within a row; -1 for none.
+    """
+    counts_C = np.zeros(labels.num_columns + 1, dtype=np.int64)
+    arrays = labels.indptr, labels.indices, candidates_NA
+    _count_pairs(*arrays, counts_C)
+    indptr = np.cumsum(counts_C)
+    rows, positive = np.empty(indptr[-1], dtype=np.int32), np.empty(indptr[-1], dtype=np.bool_)
+    _write_pairs(*arrays, indptr[:-1].copy(), rows, positive)
+    return ClassPairs(*(torch.from_numpy(array) for array in (indptr, rows, positive)))
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_pairs(indptr, labels, candidates_NA, counts_C):
+    for n in range(len(candidates_NA)):
+        own = labels[indptr[n] : indptr[n + 1]]
+        for c in own:
+            counts_C[c + 1] += 1
+        for c in candidates_NA[n]:
+            counts_C[c + 1] += c >= 0 and not _holds(own, c)
+
+
+@numba.njit(cache=True, nogil=True)
+def _write_pairs(indptr, labels, candidates_NA, next_C, rows, positive):
+    for n in range(len(candidates_NA)):
+        own = labels[indptr[n] : indptr[n + 1]]
+        for c in own:
+            rows[next_C[c]], positive[next_C[c]] = n, True
+            next_C[c] += 1
+        for c in candidates_NA[n]:
+            if c >= 0 and not _holds(own, c):
+                rows[next_C[c]], positive[next_C[c]] = n, False
+                next_C[c] += 1
+
+
+@numba.njit(nogil=True)
+def _holds(rising, value):
+    at = np.searchsorted(rising, value)
+    return at < len(rising) and rising[at] == value

@@ -1,0 +1,74 @@
+"""The linear ranker of a run, kept in the run directory.
+
+ranker/ranker.json               step of the weights, number of features, what it was fitted on; its own checksum
+ranker/state_HASH.safetensors    its weights. HASH begins its checksum
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slidex.errors import CheckpointError, ConfigError
+from slidex.kernels import LinearWeights
+from slidex.nn.ranker import LinearRanker
+from slidex.train.records import load_tensors, read_record, write_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from slidex.train.config import TrainConfig
+
+FOLDER, FILE, KIND = "ranker", "ranker.json", ("slidex-ranker", 1)
+_FIELDS = {"step": int, "rows": int, "pairs": int, "num_features": int}
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRanker:
+    """A ranker as it lies in a run directory.
+
+    Args:
+        step: Of the checkpoint whose weights it was fitted beside.
+        rows: Training rows that it was fitted on.
+        pairs: Of class and row.
+        weights: Of its classes.
+    """
+
+    step: int
+    rows: int
+    pairs: int
+    weights: LinearWeights
+
+    def ranker(self, config: TrainConfig) -> LinearRanker:
+        """With the settings of the run."""
+        return LinearRanker(self.weights, config.ranker_candidates, config.ranker_weight)
+
+
+def save_ranker(run: Path, kept: KeptRanker) -> None:
+    """Writes a ranker into the run directory `run`, in place of an earlier one.
+
+    Raises:
+        CheckpointError: It cannot be written; an earlier one is then still there.
+    """
+    weights = kept.weights
+    body = {"step": kept.step, "rows": kept.rows, "pairs": kept.pairs, "num_features": weights.num_features}
+    tensors = {name: getattr(weights, name) for name in ("indptr", "features", "values", "bias")}
+    write_record(run / FOLDER / FILE, KIND, body, tensors)
+
+
+def load_ranker(run: Path) -> KeptRanker | None:
+    """The ranker in the run directory `run`, or None if there is none.
+
+    Raises:
+        CheckpointError: It is damaged, of another version, or its weights are missing or altered.
+    """
+    file = run / FOLDER / FILE
+    body = read_record(file, KIND, _FIELDS)
+    if body is None:
+        return None
+    tensors = load_tensors(file, body["files"])
+    try:
+        weights = LinearWeights(**tensors, num_features=body["num_features"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file}: its weights are damaged: {error}") from error
+    return KeptRanker(body["step"], body["rows"], body["pairs"], weights)

@@ -1,0 +1,101 @@
+"""Fits the linear ranker of a run on its training rows, when the network's weights no longer change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from slidex.errors import InterruptedRunError
+from slidex.kernels.cpu import linear_fit
+from slidex.lsh import make_index
+from slidex.nn.classifier import PREDICT_ROWS
+from slidex.nn.ranker import class_pairs, row_tensors
+from slidex.train.held_out import training_queries
+from slidex.train.kept_ranker import KeptRanker, load_ranker, save_ranker
+from slidex.train.rows import split_rows
+from slidex.train.search_space import INSERTED
+from slidex.train.signals import SignalCatcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from slidex.data import CsrArrays, Dataset
+    from slidex.nn.classifier import Classifier
+    from slidex.train.config import TrainConfig
+    from slidex.train.run import Run
+
+EXACT_CLASSES = 1 << 16
+"""Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
+TABLES, EXTRA_CANDIDATES = 32, 4
+"""Of that index: simhash with labels inserted; and how many times as many classes it is asked for."""
+
+
+def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
+    """Fits the ranker that the run's settings ask for and keeps it in the run, unless it is there already.
+
+    Args:
+        run: With the checkpoint that prediction will use.
+        dataset: The one it was trained on.
+        notify: Told of ``ranker``: ``stage`` ("candidates", in rows, then "weights", in classes), ``done``, ``total``.
+
+    Raises:
+        CheckpointError: It cannot be written.
+        InterruptedRunError: After SIGTERM or Ctrl-C; nothing was kept, and resuming the run fits it anew.
+    """
+    config, checkpoint = run.config, run.checkpoint()
+    kept = load_ranker(run.path)
+    if kept is not None and kept.step == checkpoint.step:
+        return
+    rows, _ = split_rows(dataset, config)
+    split = dataset.split("train")
+    x, y = split.x.take(rows), split.y.take(rows)
+    model = run.network(checkpoint)
+    with SignalCatcher() as signals:
+
+        def tell(stage: str, done: int, total: int) -> None:
+            notify("ranker", {"stage": stage, "done": done, "total": total})
+            if signals.received:
+                raise InterruptedRunError(
+                    f"stopped by {signals.received} while the ranker was fitted; the network is saved. "
+                    f"Continue with: slidex train DATA --out {run.path} --resume"
+                )
+
+        found_NA = _candidates(model, dataset, x, config, lambda done: tell("candidates", done, x.num_rows))
+        pairs = class_pairs(y, found_NA)
+        weights = linear_fit(
+            *pairs,
+            *row_tensors(x.unit_rows()),
+            dataset.num_features,
+            cost=config.ranker_cost,
+            threshold=config.ranker_threshold,
+            progress=lambda done, total: tell("weights", done, total),
+        )
+    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights))
+
+
+def _candidates(
+    model: Classifier, dataset: Dataset, x: CsrArrays, config: TrainConfig, tell: Callable[[int], None]
+) -> np.ndarray:
+    """The best classes of training rows: int32 (N, A), padded with -1."""
+    head = model.head
+    count = min(config.ranker_candidates, head.num_classes)
+    index = None
+    if head.num_classes > EXACT_CLASSES:
+        index = make_index(
+            "simhash", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED
+        )
+        queries = training_queries(model, dataset, np.empty(0, dtype=np.int64), None)
+        index.build(head.weight, head.bias, queries=queries)
+    found_NA = np.empty((x.num_rows, count), dtype=np.int32)
+    for first in range(0, x.num_rows, PREDICT_ROWS):
+        part = slice(first, min(first + PREDICT_ROWS, x.num_rows))
+        with torch.no_grad():
+            hidden_ND = model.encoder(x.slice(part.start, part.stop))
+        candidates_NA = None if index is None else index.query(hidden_ND, EXTRA_CANDIDATES * count)
+        _, ids_NA = head.topk(hidden_ND, count, candidates_NA=candidates_NA)
+        found_NA[part] = ids_NA.numpy()
+        tell(part.stop)
+    return found_NA
