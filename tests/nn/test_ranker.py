@@ -1,0 +1,119 @@
+"""Which rows a class is fitted on, and how a linear score changes the order of the network's classes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from slidex.data import CsrArrays
+from slidex.kernels import LinearWeights, reference
+from slidex.nn.classifier import PREDICT_ROWS, Classifier
+from slidex.nn.ranker import LinearRanker, class_pairs, row_tensors
+from slidex.train.config import TrainConfig
+
+F, C = 30, 40
+
+
+def random_rows(rows: int, seed: int) -> CsrArrays:
+    rng = np.random.default_rng(seed)
+    dense = rng.random((rows, F)) * (rng.random((rows, F)) < 0.2)
+    indptr = np.concatenate([[0], np.cumsum((dense != 0).sum(1))])
+    row, ids = dense.nonzero()
+    return CsrArrays(indptr, ids.astype(np.int32), dense[row, ids].astype(np.float32), F)
+
+
+def ranker(candidates: int, factor: float = 3.0) -> LinearRanker:
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(C, F, generator=generator) * (torch.rand(C, F, generator=generator) < 0.4)
+    indptr = torch.nn.functional.pad((dense != 0).sum(1).cumsum(0), (1, 0))
+    bias = torch.randn(C, generator=generator)
+    weights = LinearWeights(indptr, dense.nonzero()[:, 1].int(), dense[dense != 0], bias, F)
+    return LinearRanker(weights, candidates, factor)
+
+
+def model() -> Classifier:
+    config = TrainConfig(
+        hidden_width=8,
+        mode="shared",
+        pool_size=20,
+        correction="none",
+        precision="float32",
+        index_options={"bits": 2, "tables": 20},
+    )
+    return Classifier.from_config(config, F, C, np.ones(C, dtype=np.int64))
+
+
+def test_pairs_are_true_rows_and_candidates_that_are_not_true() -> None:
+    labels = CsrArrays(np.array([0, 2, 2, 3]), np.array([1, 4, 0], dtype=np.int32), None, 5)
+    candidates = np.array([[4, 2, -1], [1, 2, 0], [-1, -1, -1]], dtype=np.int32)
+    pairs = class_pairs(labels, candidates)
+    found = {
+        c: [
+            (int(pairs.rows[p]), bool(pairs.positive[p])) for p in range(pairs.indptr[c], pairs.indptr[c + 1])
+        ]
+        for c in range(5)
+    }
+    assert found == {
+        0: [(1, False), (2, True)],
+        1: [(0, True), (1, False)],
+        2: [(0, False), (1, False)],
+        3: [],
+        4: [(0, True)],
+    }
+
+
+def test_scores_are_logits_and_linear_scores_of_unit_rows() -> None:
+    network, x = model(), random_rows(50, 1)
+    ranked = replace(network, ranker=ranker(C))
+    ids_NA = torch.arange(C).repeat(50, 1)
+    unit = row_tensors(x.unit_rows())
+    norms = np.sqrt(np.asarray(x.to_scipy().power(2).sum(1)))[:, 0]
+    np.testing.assert_allclose(unit[2], x.values / norms[x.row_ids()], rtol=1e-6)
+    linear_NA = reference.linear_scores(ranked.ranker.weights, *unit, ids_NA)
+    torch.testing.assert_close(ranked.scores(x, ids_NA), network.scores(x, ids_NA) + 3 * linear_NA)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("k", [3, 12])
+def test_the_best_of_the_networks_candidates_are_ranked_by_both(k: int, indexed: bool) -> None:
+    network, x = model(), random_rows(PREDICT_ROWS + 20, 2)
+    network.index.build(network.head.weight, network.head.bias)
+    ranked = replace(network, ranker=ranker(8))
+    first = 0
+    plain = list(network.ranked(x, max(8, k), indexed=indexed))
+    for before, after in zip(plain, ranked.ranked(x, k, indexed=indexed), strict=True):
+        rows = x.slice(first, first + len(before.ids_NK))
+        scores_NA = ranked.scores(rows, before.ids_NK)
+        want_NK = scores_NA.topk(k).indices
+        assert torch.equal(after.ids_NK, before.ids_NK.gather(1, want_NK))
+        torch.testing.assert_close(after.scores_NK, scores_NA.gather(1, want_NK))
+        torch.testing.assert_close(after.logits_NK, before.logits_NK.gather(1, want_NK))
+        assert (after.scores_NK.diff(dim=1) <= 0).all()
+        first += len(before.ids_NK)
+    assert any(
+        (a != b[:, :k]).any() for (_, a), (_, b) in zip(ranked.topk(x, k), network.topk(x, k), strict=True)
+    )
+
+
+def test_partition_function_and_logits_stay_the_networks() -> None:
+    network, x = model(), random_rows(30, 3)
+    ranked = replace(network, ranker=ranker(C))
+    (before,), (after,) = network.ranked(x, C, totals=True), ranked.ranked(x, C, totals=True)
+    torch.testing.assert_close(after.log_total_N, before.log_total_N)
+    order = before.ids_NK.argsort(1), after.ids_NK.argsort(1)
+    torch.testing.assert_close(after.logits_NK.gather(1, order[1]), before.logits_NK.gather(1, order[0]))
+
+
+def test_rows_with_fewer_classes_than_asked_for_are_padded() -> None:
+    network, x = model(), random_rows(5, 4)
+    network.index.build(network.head.weight, network.head.bias)
+    ranked = replace(network, ranker=ranker(4), candidates=4)
+    (best,) = ranked.ranked(x, C + 5, indexed=True)
+    assert best.ids_NK.shape == (5, C + 5)
+    missing = best.ids_NK < 0
+    assert missing.any()
+    assert (best.scores_NK[missing] == -torch.inf).all()
+    assert (best.scores_NK[~missing] > -torch.inf).all()

@@ -1,0 +1,209 @@
+"""A run with a ranker: fitted when the training ends, kept whole, found again, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import slidex
+from slidex.data import CsrArrays, DatasetWriter
+from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
+from slidex.nn.ranker import class_pairs
+from slidex.train import kept_ranker, ranking
+from slidex.train.config import TrainConfig
+from slidex.train.kept_ranker import load_ranker
+
+SMALL = {
+    "hidden_width": 8,
+    "batch_size": 64,
+    "epochs": 2,
+    "mode": "exact",
+    "learning_rate": 0.02,
+    "ranker_candidates": 20,
+    "precision": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Each row's classes are named by two features each; a network of width 8 is far too narrow for 200 classes."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("ranking") / "data"
+    with DatasetWriter(folder) as writer:
+        for split, rows in (("train", 1500), ("test", 300)):
+            y = np.sort(rng.permuted(np.tile(np.arange(200), (rows, 1)), axis=1)[:, :2], axis=1)
+            x = np.sort(np.concatenate([y, 200 + y // 2], axis=1), axis=1)
+            x[:, 2:] += np.arange(2) * (x[:, 2:3] == x[:, 3:])  # no feature twice
+            ones = np.arange(rows + 1)
+            writer.append(
+                split,
+                CsrArrays(ones * 4, x.ravel().astype(np.int32), None, 302),
+                CsrArrays(ones * 2, y.ravel().astype(np.int32), None, 200),
+            )
+        return writer.finish(
+            num_features=302, num_classes=200, source={"format": "test", "files": [], "options": {}}
+        )
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    return slidex.fit(data, tmp_path_factory.mktemp("ranking-run") / "run", config())
+
+
+def config(**changes):
+    return TrainConfig.from_mapping(SMALL | changes)
+
+
+def test_the_ranker_finds_what_a_narrow_network_cannot(run, data, tmp_path):
+    plain = slidex.fit(data, tmp_path / "plain", config(ranker_candidates=0))
+    before, after = slidex.evaluate(plain, data), slidex.evaluate(run, data)
+    assert after["P@1"] > before["P@1"] + 0.1
+    for a, b in zip(plain.model().head.parameters(), run.model().head.parameters(), strict=True):
+        assert torch.equal(a, b)  # the network is the same
+
+
+def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data):
+    split, network = data.split("train"), run.network()
+    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 20)])
+    pairs = class_pairs(split.y, ids_NA.int().numpy())
+    kept = load_ranker(run.path)
+    assert (kept.rows, kept.pairs) == (1500, len(pairs.rows))
+    assert kept.step == run.checkpoint().step
+    assert float(kept.weights.values.abs().min()) >= 0.1
+
+
+def test_every_setting_changes_the_ranking(run, data, tmp_path):
+    x = data.split("test").x
+    seen = [torch.cat([scores for scores, _ in run.model().topk(x, 5)])]
+    for n, change in enumerate(
+        ({"ranker_cost": 0.1}, {"ranker_threshold": 0.5}, {"ranker_weight": 1.0}, {"ranker_candidates": 3})
+    ):
+        other = slidex.fit(data, tmp_path / str(n), config(**change))
+        scores = torch.cat([scores for scores, _ in other.model().topk(x, 5)])
+        assert all(not torch.equal(scores, before) for before in seen)
+        seen.append(scores)
+
+
+def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranking, "EXACT_CLASSES", 10)
+    asked = []
+    make = ranking.make_index
+    monkeypatch.setattr(ranking, "make_index", lambda *a, **k: asked.append((a, k)) or make(*a, **k))
+    indexed = slidex.fit(data, tmp_path / "run", config())
+    assert [a[0] for a, _ in asked] == ["simhash"]
+    assert slidex.evaluate(indexed, data)["P@1"] > slidex.evaluate(run, data)["P@1"] - 0.05
+
+
+def test_indexed_prediction_and_mistakes_use_it(data, tmp_path):
+    settings = config(mode="shared", pool_size=50, index_options={"bits": 2, "tables": 30})
+    run = slidex.fit(data, tmp_path / "run", settings)
+    found = slidex.evaluate(run, data, indexed=True, errors=2)
+    assert found["P@1"] > 0.4
+    model = run.model()
+    for mistake in found["errors"]:
+        row = data.split("test").x.take(np.array([mistake["row"]]))
+        ids = torch.tensor([[item["id"] for item in mistake["true"]]])
+        want = [item["score"] for item in mistake["true"]]
+        np.testing.assert_allclose(model.scores(row, ids)[0].numpy(), want, atol=1e-3)
+
+
+def test_probabilities_are_the_networks(run, data):
+    x = data.split("test").x.slice(0, 50)
+    records = list(slidex.predict(run.model(), [x], 5, probabilities=True))
+    (want,) = run.network().ranked(x, 200, totals=True)
+    share_NK = (want.logits_NK - want.log_total_N[:, None]).exp()
+    for n, record in enumerate(records):
+        scores = [c["score"] for c in record["classes"]]
+        assert scores == sorted(scores, reverse=True)
+        for c in record["classes"]:
+            at = int((want.ids_NK[n] == c["id"]).nonzero())
+            assert c["probability"] == pytest.approx(float(share_NK[n, at]), rel=1e-4)
+
+
+def test_more_training_fits_it_anew_and_resuming_without_more_leaves_it(data, tmp_path):
+    run = slidex.fit(data, tmp_path / "run", config())
+    file = run.path / "ranker" / "ranker.json"
+    before = file.stat().st_mtime_ns
+    slidex.fit(data, run.path, config(), resume=True)
+    assert file.stat().st_mtime_ns == before
+    longer = slidex.fit(data, run.path, config(epochs=3), resume=True)
+    assert load_ranker(run.path).step == longer.checkpoint().step == 72
+    assert len(list(file.parent.glob("state_*"))) == 1
+
+
+def test_a_signal_keeps_the_network_and_resuming_fits_the_ranker(data, tmp_path):
+    def notify(event, facts):
+        if event == "ranker" and facts["stage"] == "weights":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(InterruptedRunError, match=r"SIGTERM while the ranker was fitted.*--resume"):
+        slidex.fit(data, tmp_path / "run", config(), notify=notify)
+    run = slidex.Run.open(tmp_path / "run")
+    assert load_ranker(run.path) is None
+    with pytest.raises(
+        CheckpointError, match="ask for a ranker for the weights of step 48; there is none yet"
+    ):
+        run.model()
+    slidex.fit(data, run.path, config(), resume=True)
+    assert slidex.evaluate(run, data)["P@1"] > 0.4
+
+
+def test_damage_is_refused(data, run, tmp_path):
+    import shutil
+
+    def damaged(change):
+        copy = tmp_path / change.__name__
+        shutil.copytree(run.path, copy)
+        change(copy / "ranker" / "ranker.json", next((copy / "ranker").glob("state_*")))
+        return slidex.Run.open(copy)
+
+    def cut(_file, state):
+        state.write_bytes(state.read_bytes()[:-1])
+
+    def altered(file, _state):
+        file.write_text(file.read_text().replace('"pairs": ', '"pairs": 1'))
+
+    def gone(_file, state):
+        state.unlink()
+
+    def newer(file, _state):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
+
+    for change, message in (
+        (cut, "bytes; it should have"),
+        (altered, "was altered"),
+        (gone, "is missing"),
+        (newer, "of version 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            damaged(change).model()
+
+
+def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch):
+    kept = load_ranker(run.path)
+    kept_ranker.save_ranker(tmp_path, kept)
+    before = sorted(tmp_path.rglob("*"))
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("slidex.train.records.write_atomically", fail)
+    with pytest.raises(CheckpointError, match="no space left"):
+        kept_ranker.save_ranker(tmp_path, kept)
+    monkeypatch.undo()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert load_ranker(tmp_path).pairs == kept.pairs
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ranker_candidates": -1}, {"ranker_cost": 0.0}, {"ranker_threshold": -0.1}, {"ranker_weight": -1.0}],
+)
+def test_settings_out_of_range_are_refused(change):
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        config(**change)
