@@ -37,6 +37,7 @@ NOT_SETTINGS = {
     "seed": "'random_state' has its place",
     "checkpoint_every": "an estimator keeps one state",
     "keep_last": "an estimator keeps one state",
+    "ranker_candidates": "decision_function scores all classes, and a ranker only some",
 }
 """Settings of `slidex.TrainConfig` that an estimator does not take, and why."""
 ONE_CHECKPOINT = {"checkpoint_every": 2**31, "keep_last": 1}

@@ -32,21 +32,25 @@ class LinearRanker:
         weights: Of C classes over the F input features, for rows of unit L2 norm.
         candidates: How many of a row's best classes it was fitted to tell apart, and is to rank.
         factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
+        prior_C: float32, added to every score of a class; None for nothing.
     """
 
     weights: LinearWeights
     candidates: int
     factor: float
+    prior_C: torch.Tensor | None = None
 
     def scores(self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
-        """``logits + factor * (w_c . x / |x| + b_c)``: float32 (N, A), -inf at pads.
+        """``logit + factor * (w_c . x / |x| + b_c) + prior_c``: float32 (N, A), -inf at pads.
 
         Args:
             x: N rows of features.
             logits_NA: float32, the head's scores.
             ids_NA: int64, their classes, padded with -1.
         """
-        return logits_NA + self.factor * linear_scores(self.weights, *row_tensors(x.unit_rows()), ids_NA)
+        linear_NA = linear_scores(self.weights, *row_tensors(x.unit_rows()), ids_NA)
+        scores_NA = logits_NA + self.factor * linear_NA.masked_fill_(ids_NA < 0, 0)
+        return scores_NA if self.prior_C is None else scores_NA + self.prior_C[ids_NA.clamp(min=0)]
 
     def rank(
         self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor, k: int

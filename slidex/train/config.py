@@ -59,6 +59,12 @@ class TrainConfig(SamplingSettings):
     ranker_weight: float = setting(
         4.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
+    ranker_tail: float = setting(
+        0.0,
+        "Factor of the log of a class's inverse propensity, which is added too: the higher, the more rare classes.",
+        low=0.0,
+        high=1e6,
+    )
     ranker_cost: float = setting(
         1.0, "Cost of errors against the size of the ranker's weights (C of LIBLINEAR).", low=1e-6, high=1e6
     )
@@ -133,6 +139,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "learning_rate": 5e-3,
         "epochs": 12,
+        "ranker_candidates": 50,
+        "ranker_tail": 1.0,
     },
     "slide": {
         "mode": "per_sample",

@@ -9,8 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from slidex.errors import CheckpointError, ConfigError
 from slidex.kernels import LinearWeights
+from slidex.metrics import propensities
 from slidex.nn.ranker import LinearRanker
 from slidex.train.records import load_tensors, read_record, write_record
 
@@ -39,9 +43,13 @@ class KeptRanker:
     pairs: int
     weights: LinearWeights
 
-    def ranker(self, config: TrainConfig) -> LinearRanker:
-        """With the settings of the run."""
-        return LinearRanker(self.weights, config.ranker_candidates, config.ranker_weight)
+    def ranker(self, config: TrainConfig, class_counts: np.ndarray, train_rows: int) -> LinearRanker:
+        """With the settings of the run, and the training frequencies int64 (C,) that `ranker_tail` needs."""
+        prior_C = None
+        if config.ranker_tail:
+            log_propensity_C = np.log(propensities(class_counts, train_rows))
+            prior_C = torch.from_numpy((-config.ranker_tail * log_propensity_C).astype(np.float32))
+        return LinearRanker(self.weights, config.ranker_candidates, config.ranker_weight, prior_C)
 
 
 def save_ranker(run: Path, kept: KeptRanker) -> None:

@@ -261,7 +261,7 @@ class Run:
                 f"{self.path}: its settings ask for a ranker for the weights of step {step}; there is {what}. "
                 "Continue the run with slidex train --resume."
             )
-        return found.ranker(self.config)
+        return found.ranker(self.config, self.class_counts(), self.meta["train_rows"])
 
     def network(self, checkpoint: Checkpoint | None = None) -> Classifier:
         """The trained model without ranker and with no index built: `checkpoint` and its errors as in `model`."""

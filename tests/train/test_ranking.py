@@ -13,6 +13,7 @@ import torch
 import slidex
 from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
+from slidex.metrics import propensities
 from slidex.nn.ranker import class_pairs
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
@@ -81,12 +82,26 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
     x = data.split("test").x
     seen = [torch.cat([scores for scores, _ in run.model().topk(x, 5)])]
     for n, change in enumerate(
-        ({"ranker_cost": 0.1}, {"ranker_threshold": 0.5}, {"ranker_weight": 1.0}, {"ranker_candidates": 3})
+        (
+            {"ranker_cost": 0.1},
+            {"ranker_threshold": 0.5},
+            {"ranker_weight": 1.0},
+            {"ranker_tail": 2.0},
+            {"ranker_candidates": 3},
+        )
     ):
         other = slidex.fit(data, tmp_path / str(n), config(**change))
         scores = torch.cat([scores for scores, _ in other.model().topk(x, 5)])
         assert all(not torch.equal(scores, before) for before in seen)
         seen.append(scores)
+
+
+def test_the_tail_setting_adds_the_log_of_inverse_propensities(run, data, tmp_path):
+    tail = slidex.fit(data, tmp_path / "run", config(ranker_tail=2.0))
+    x, ids_NA = data.split("test").x.take(np.arange(30)), torch.arange(200).repeat(30, 1)
+    added_NC = tail.model().scores(x, ids_NA) - run.model().scores(x, ids_NA)
+    want_C = -2 * np.log(propensities(run.class_counts(), 1500))
+    np.testing.assert_allclose(added_NC.numpy(), np.tile(want_C, (30, 1)), atol=1e-4)
 
 
 def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 
 from slidex.errors import CheckpointError
 from slidex.lsh import QuerySample, make_index
-from slidex.train import tuned as module
+from slidex.train import records as module
 from slidex.train.tuned import TunedIndex, learned_state, load_tuned, save_tuned
 
 C, D = 400, 12
