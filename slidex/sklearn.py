@@ -37,7 +37,10 @@ NOT_SETTINGS = {
     "seed": "'random_state' has its place",
     "checkpoint_every": "an estimator keeps one state",
     "keep_last": "an estimator keeps one state",
-    "ranker_candidates": "decision_function scores all classes, and a ranker only some",
+    **{
+        f"ranker_{name}": "decision_function scores all classes, and a ranker only some"
+        for name in ("candidates", "weight", "tail", "cost", "threshold")
+    },
 }
 """Settings of `slidex.TrainConfig` that an estimator does not take, and why."""
 ONE_CHECKPOINT = {"checkpoint_every": 2**31, "keep_last": 1}

@@ -98,11 +98,12 @@ def data_facts(path: Path, verify: bool) -> dict[str, Any]:
 def run_facts(path: Path, verify: bool) -> dict[str, Any]:
     """What there is to say of a run."""
     from slidex.train.checkpoint import list_checkpoints  # noqa: PLC0415
+    from slidex.train.kept_ranker import load_ranker  # noqa: PLC0415
     from slidex.train.run import Run  # noqa: PLC0415
     from slidex.train.tuned import load_tuned  # noqa: PLC0415
 
     run = Run.open(path)
-    tuned = load_tuned(path)
+    tuned, ranker = load_tuned(path), load_ranker(path)
     checkpoints = list_checkpoints(run.checkpoints)
     if verify:
         for checkpoint in checkpoints:
@@ -120,6 +121,7 @@ def run_facts(path: Path, verify: bool) -> dict[str, Any]:
         "made with": f"slidex {run.meta['slidex']}, torch {run.meta['torch']}",
         "checkpoints": [checkpoint.path.name for checkpoint in checkpoints],
         "best validation": run.best(),
+        "ranker": None if ranker is None else ranker.describe(),
         "index of prediction": None if tuned is None else f"{tuned.describe()}; step {tuned.step}",
         "checksums": "verified" if verify else "not read (use --verify)",
         "last report": latest["report"],

@@ -43,6 +43,11 @@ class KeptRanker:
     pairs: int
     weights: LinearWeights
 
+    def describe(self) -> str:
+        """One line for people."""
+        size = f"{len(self.weights.values):,} weights ({self.weights.nbytes / 1e6:.1f} MB)"
+        return f"{size}, fitted on {self.pairs:,} pairs of class and row; step {self.step}"
+
     def ranker(self, config: TrainConfig, class_counts: np.ndarray, train_rows: int) -> LinearRanker:
         """With the settings of the run, and the training frequencies int64 (C,) that `ranker_tail` needs."""
         prior_C = None

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import slidex
+from slidex.cli.inspect import run_facts
+from slidex.cli.training_display import TrainingDisplay
 from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
 from slidex.metrics import propensities
@@ -222,3 +224,25 @@ def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch):
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         config(**change)
+
+
+def test_inspect_and_the_display_tell_of_it(run, data, tmp_path, capsys):
+    with TrainingDisplay() as display:
+        fresh = slidex.fit(data, tmp_path / "run", config(), notify=display)
+    facts = run_facts(fresh.path, verify=False)
+    kept = load_ranker(run.path)
+    assert facts["ranker"].startswith(f"{len(kept.weights.values):,} weights (")
+    assert f"{kept.pairs:,} pairs of class and row; step 48" in facts["ranker"]
+
+
+def test_events_count_up_to_all_rows_and_classes(data, tmp_path):
+    told = []
+    slidex.fit(
+        data, tmp_path / "run", config(), notify=lambda event, facts: told.append((event, dict(facts)))
+    )
+    stages = [facts for event, facts in told if event == "ranker"]
+    for stage, total in (("candidates", 1500), ("weights", 200)):
+        done = [facts["done"] for facts in stages if facts["stage"] == stage]
+        assert done == sorted(done)
+        assert done[-1] == total == stages[-1 if stage == "weights" else 0]["total"]
+    assert told[-1][0] == "ranker"
