@@ -4,7 +4,8 @@ For every set, preset and seed slidex trains in a process of its own with the pr
 predicts all test rows with the default scorer; the peers of `benchmarks.peers` do the same with one seed. Every line is
 written to ``benchmarks/results/accuracy.json`` when it is done, and is taken from there by a later run on the same kind
 of processor, unless something has changed that it depends on: the set, the settings, and slidex's code or the peer's
-version. ``--print`` prints the lines that are there. Run it as ``python -m benchmarks.accuracy``.
+version. At the end the tables of all lines there are printed and written into docs/accuracy.md. Run it as
+``python -m benchmarks.accuracy``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 
 import slidex
 from benchmarks import report
-from benchmarks.datasets import SHARED, MissingDataError, load
+from benchmarks.datasets import ROOT, SHARED, MissingDataError, load
 from benchmarks.peer_worker import peak_mb, used
 from benchmarks.peers import BY_NAME, MINUTES, PEERS, K, Peer, PeerError, digest, peer_key, run_peer
 from benchmarks.report import in_child, machine, markdown
@@ -52,6 +53,10 @@ MEASURES = {
 HEADINGS = ("", *(name.replace("recall", "R") for name in METRICS), *MEASURES.values(), "measured")
 TRAINING_ONLY = ("optimizer", "progress", "index")
 """Files of a checkpoint that prediction with the default scorer does not read."""
+
+
+DOCUMENT = ROOT / "docs" / "accuracy.md"
+MARKS = ("<!-- tables: written by python -m benchmarks.accuracy -->\n", "<!-- end of tables -->\n")
 
 
 def judged(dataset: Dataset, ids_NK: np.ndarray) -> dict[str, float]:
@@ -113,10 +118,13 @@ class Book:
         path: JSON as `benchmarks.report.write_results` writes it; made when the first line is added.
         facts: Of this machine.
         retry: Lines that failed do not hold.
+        again: No line holds.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], *, retry: bool = False) -> None:
-        self.facts, self._retry, self._path = facts, retry, path
+    def __init__(
+        self, path: Path, facts: dict[str, Any], *, retry: bool = False, again: bool = False
+    ) -> None:
+        self.facts, self.again, self._retry, self._path = facts, again, retry, path
         self.lines: list[Line] = json.loads(path.read_text())["results"] if path.exists() else []
 
     def line(self, identity: Line, key: str, measure: Callable[[], Line]) -> Line:
@@ -130,7 +138,7 @@ class Book:
         same = [line for line in self.lines if identity.items() <= line.items()]
         for line in same:
             holds = (line["key"], line["processor"]) == (key, self.facts["processor"])
-            if holds and not (self._retry and "failed" in line):
+            if holds and not self.again and not (self._retry and "failed" in line):
                 return line
         line = {
             **identity,
@@ -167,7 +175,9 @@ def peer_line(book: Book, name: str, data: Path, peer: Peer, threads: int, minut
 
     def measure() -> Line:
         try:
-            measured, ids_NK = run_peer(peer, name, dataset, threads=threads, minutes=minutes)
+            measured, ids_NK = run_peer(
+                peer, name, dataset, threads=threads, minutes=minutes, again=book.again
+            )
         except PeerError as error:
             return {"failed": str(error)}
         return {**measured, **judged(dataset, ids_NK)}
@@ -256,7 +266,8 @@ def names_in(text: str, known: Sequence[str], option: str) -> list[str]:
     "--minutes", default=MINUTES, show_default=True, help="Wall time that a peer may take for a set."
 )
 @click.option("--retry", is_flag=True, help="Run again what failed before.")
-@click.option("--print", "only_print", is_flag=True, help="Print the lines that are there, and run nothing.")
+@click.option("--again", is_flag=True, help="Measure everything asked for anew, whatever is there.")
+@click.option("--print", "only_print", is_flag=True, help="Measure nothing: only the tables.")
 @click.option("--data", type=click.Path(path_type=Path), default=SHARED, help="Directory of the raw sets.")
 @click.option("--threads", type=click.IntRange(min=1), help="Of slidex and the peers. Default: all cores.")
 def main(
@@ -266,6 +277,7 @@ def main(
     peers: str,
     minutes: float,
     retry: bool,
+    again: bool,
     only_print: bool,
     data: Path,
     threads: int | None,
@@ -275,7 +287,7 @@ def main(
     chosen_peers = [BY_NAME[name] for name in names_in(peers, list(BY_NAME), "--peers")]
     set_threads(threads)
     facts = machine()
-    book = Book(report.RESULTS / "accuracy.json", facts, retry=retry)
+    book = Book(report.RESULTS / "accuracy.json", facts, retry=retry, again=again)
     skipped = []
     for name in [] if only_print else sets.split(","):
         try:
@@ -290,7 +302,11 @@ def main(
             for seed in range(seeds):
                 show(slidex_line(book, name, data, preset, seed, facts["threads"]))
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
-    click.echo("\n".join([tables(book.lines), *skipped]))
+    found = tables(book.lines)
+    click.echo("\n".join([found, *skipped]))
+    before, mark, after = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])
+    after = after.partition(MARKS[1])[2]
+    DOCUMENT.write_text(f"{before}{mark}\n{found}\n\n{MARKS[1]}{after}", encoding="utf-8")
 
 
 def show(line: Line) -> None:

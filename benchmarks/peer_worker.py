@@ -1,7 +1,7 @@
 """Trains one peer on one prepared set and predicts its test rows; run by the Python of the peer's own environment.
 
-``python peer_worker.py JOB.json``; a job is what `benchmarks.peers.run_peer` writes. The process imports numpy, the peer and
-what the peer needs, nothing of slidex. It writes ``OUT.json``, the measurements, after training and again after
+``python peer_worker.py JOB.json``; a job is what `benchmarks.peers.run_peer` writes. The process imports numpy and the
+peer with what it needs, nothing of slidex. It writes ``OUT.json``, the measurements, after training and again after
 prediction, and ``OUT.npz``: int32 ids and float32 scores (rows, k), best first, -1 where the peer proposes fewer.
 
 CPU seconds are user and system time of the process and its children, from the data in memory to the saved model;

@@ -174,6 +174,7 @@ def run_peer(
     *,
     threads: int,
     minutes: float = MINUTES,
+    again: bool = False,
     folder: Path = FOLDER,
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the peer took, and its predictions int32 (test rows, K); from the cache if they are there.
@@ -184,6 +185,7 @@ def run_peer(
         dataset: The set, with splits ``train`` and ``test``.
         threads: Of training and prediction.
         minutes: Wall time of both together.
+        again: Runs it, whatever is in the cache.
         folder: The cache.
 
     Raises:
@@ -192,7 +194,7 @@ def run_peer(
     place = folder / "results" / name / peer.name
     out, predicted, stamp = (place.with_suffix(suffix) for suffix in (".json", ".npz", ".key"))
     wanted = peer_key(peer, dataset, threads)
-    if not (stamp.is_file() and stamp.read_text() == wanted):
+    if again or not (stamp.is_file() and stamp.read_text() == wanted):
         python = environment(peer.package, folder)
         place.parent.mkdir(parents=True, exist_ok=True)
         for left in (out, predicted, stamp):

@@ -27,7 +27,11 @@ def _importable(monkeypatch) -> None:
 @pytest.fixture
 def accuracy(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.import_module("benchmarks.report"), "RESULTS", tmp_path)
-    return importlib.import_module("benchmarks.accuracy")
+    module = importlib.import_module("benchmarks.accuracy")
+    document = tmp_path / "accuracy.md"
+    document.write_text(f"# Head\n\n{module.MARKS[0]}\nold\n\n{module.MARKS[1]}\nFoot\n")
+    monkeypatch.setattr(module, "DOCUMENT", document)
+    return module
 
 
 @pytest.fixture
@@ -70,6 +74,8 @@ def test_a_line_is_measured_once_and_again_when_what_it_depends_on_changes(accur
     assert stored["machine"] == FACTS
     elsewhere = book(accuracy, tmp_path, facts={"processor": "Slide rule"})
     assert elsewhere.line(IDENTITY, "another", lambda: measure(70.0))["P@1"] == 70.0
+    anew = book(accuracy, tmp_path, facts={"processor": "Slide rule"}, again=True)
+    assert anew.line(IDENTITY, "another", lambda: measure(80.0))["P@1"] == 80.0
 
 
 def test_what_failed_is_kept_and_run_again_if_asked(accuracy, tmp_path) -> None:
@@ -175,6 +181,8 @@ def test_a_peer_trains_predicts_and_is_kept(peers, accuracy, easy_data, monkeypa
         peers.peer_key(replace(plt, settings={"arity": 4}), easy_data, 1),
     }
     assert len(keys) == 3
+    with pytest.raises(pytest.fail.Exception, match="in the cache"):
+        peers.run_peer(plt, "easy", easy_data, threads=1, folder=tmp_path, again=True)
 
 
 @pytest.mark.usefixtures("here")
@@ -216,7 +224,19 @@ def test_the_command_names_what_it_does_not_know_and_prints_what_is_there(
     assert printed.exit_code == 0, printed.output
     assert "### eurlex-4k\n\n|  | P@1 |" in printed.stdout
     assert "| napkinXC PLT | 50.00 |" in printed.stdout
+    document = accuracy.DOCUMENT.read_text()
+    assert document.startswith(f"# Head\n\n{accuracy.MARKS[0]}\n### eurlex-4k\n")
+    assert document.endswith(f" |\n\n{accuracy.MARKS[1]}\nFoot\n")
     skipped = runner.invoke(accuracy.main, ["--sets", "deb-deps-trixie", "--data", str(tmp_path)])
     assert skipped.exit_code == 0, skipped.output
     assert "\nskipped: " in skipped.stdout
     assert "deb-deps-trixie/train.jsonl.xz: no such file" in skipped.stdout
+
+
+def test_the_document_shows_the_lines_of_the_results_file() -> None:
+    accuracy = importlib.import_module("benchmarks.accuracy")
+    lines = json.loads((ROOT / "benchmarks" / "results" / "accuracy.json").read_text())["results"]
+    text = (ROOT / "docs" / "accuracy.md").read_text()
+    assert text.partition(accuracy.MARKS[0])[2].partition(accuracy.MARKS[1])[0].strip() == accuracy.tables(
+        lines
+    )
