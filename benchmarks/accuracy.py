@@ -15,6 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,7 +164,10 @@ def slidex_line(book: Book, name: str, data: Path, preset: str, seed: int, threa
         try:
             in_child(compile_kernels, name, data, settings)
             return in_child(train_slidex, name, data, settings)
-        except SlidexError as error:
+        except (
+            SlidexError,
+            BrokenProcessPool,
+        ) as error:  # the latter if the process was killed, as for memory
             return {"failed": str(error)}
 
     return book.line({"set": name, "method": f"slidex {preset}", "seed": seed}, key, measure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,28 @@ def test_slidex_is_measured_as_its_own_commands_would(accuracy, easy_data, monke
     weights = 4 * (320 * 16 + 16 + 300 * 16 + 300)
     assert weights < 1e6 * line["model_mb"] < weights + 40_000  # and names, settings, class counts
     assert all(line[name] > 0 for name in ("train_cpu_s", "predict_cpu_us", "peak_mb"))
+
+
+def test_a_training_that_diverges_or_is_killed_is_a_line_of_the_table(
+    accuracy, easy_data, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(accuracy, "load", lambda *_: easy_data)
+    lines = book(accuracy, tmp_path)
+    for seed, error in enumerate(
+        (slidex.errors.DivergedError("the loss is nan"), BrokenProcessPool("killed"))
+    ):
+
+        def fail(*_arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(accuracy, "in_child", fail)
+        line = accuracy.slidex_line(lines, "easy", tmp_path, "fast", seed, 1)
+        assert line["failed"] == str(error)
+    keys = {line["key"] for line in lines.lines}
+    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "accurate", 0, 1)["key"])
+    monkeypatch.setattr(accuracy, "source_digest", lambda: "changed")
+    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "fast", 0, 1)["key"])
+    assert len(keys) == 4  # seed, settings and code
 
 
 def test_what_peers_are_handed_is_the_set_at_unit_norm(peers, easy_data, tmp_path) -> None:
