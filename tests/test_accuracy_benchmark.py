@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -254,6 +256,29 @@ def test_the_command_names_what_it_does_not_know_and_prints_what_is_there(
     assert skipped.exit_code == 0, skipped.output
     assert "\nskipped: " in skipped.stdout
     assert "deb-deps-trixie/train.jsonl.xz: no such file" in skipped.stdout
+
+
+def test_what_benchmarks_write_does_not_make_a_commit_dirty(tmp_path) -> None:
+    report = importlib.import_module("benchmarks.report")
+    assert report.commit(tmp_path) == "unknown"
+
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results" / "accuracy.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    (tmp_path / "code.py").write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    clean = report.commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    results.write_text("[]")
+    assert report.commit(tmp_path) == clean
+    (tmp_path / "code.py").write_text("2")
+    assert report.commit(tmp_path) == f"{clean}-dirty"
 
 
 def test_the_document_shows_the_lines_of_the_results_file() -> None:
