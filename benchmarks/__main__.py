@@ -22,7 +22,7 @@ from slidex.threads import set_threads
 if TYPE_CHECKING:
     from benchmarks.report import Comparison
 
-PARTS = ("steps", "scaling", "cost", "accuracy", "heads", "language", "kernels", "prepare")
+PARTS = ("steps", "scaling", "cost", "race", "heads", "language", "kernels", "prepare")
 QUICK_PARTS = tuple(part for part in PARTS if part != "language")
 
 
@@ -36,7 +36,7 @@ def jobs(part: str, data: Path, *, quick: bool) -> list[tuple[Any, ...]]:
         return [*((scaling.step_times, size, data) for size in scaling.LARGE), (scaling.peaks, data)]
     if part == "cost":
         return [(cost.per_batch, data)]
-    if part == "accuracy":
+    if part == "race":
         races = versus_dense.RACES
         if quick:
             races = [replace(race, repeats=1) for race in races if race.quick]

@@ -1,8 +1,9 @@
 """The data sets that benchmarks train on, prepared once and kept: 4 thousand to 3.4 million classes.
 
 The sets in the text format of the Extreme Classification Repository are looked for in ``--data`` (a directory with a
-folder for each, holding ``train.txt.xz`` and ``test.txt.xz``); ``stdlib`` and ``site-packages`` are Python source and
-need no file; ``synthetic-C`` is made up, with C classes.
+folder for each, holding ``train.txt.xz`` and ``test.txt.xz``), and so is ``deb-deps-trixie``: JSON lines, whose title
+and text become features by the default settings of ``slidex prepare jsonl``. ``stdlib`` and ``site-packages`` are
+Python source and need no file; ``synthetic-C`` is made up, with C classes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from slidex.data import (
     CsrArrays,
     Dataset,
     DatasetWriter,
+    prepare_jsonl,
     prepare_python_source,
     prepare_xmc,
     standard_library_directory,
@@ -26,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".benchmark-cache"
 SHARED = ROOT.parent / "shared" / "data"
 XMC = ("eurlex-4k", "npm-deps-2017", "deb-files-283k", "deb-files-3m")
+TEXT = ("deb-deps-trixie",)
 PYTHON = ("stdlib", "site-packages")
 
 
@@ -34,7 +37,7 @@ class MissingDataError(click.UsageError):
 
 
 def load(name: str, data: Path = SHARED) -> Dataset:
-    """The prepared set `name`, one of `XMC` or `PYTHON`.
+    """The prepared set `name`, one of `XMC`, `TEXT` or `PYTHON`, or ``synthetic-C``.
 
     Raises:
         MissingDataError: if the files are not there.
@@ -48,13 +51,20 @@ def load(name: str, data: Path = SHARED) -> Dataset:
             if not train.exists():
                 raise MissingDataError(f"{train}: no such file; give --data the directory that has {name}/.")
             prepare_xmc(train, out, test=test)
+        elif name in TEXT:
+            train, test = data / name / "train.jsonl.xz", data / name / "test.jsonl.xz"
+            if not train.exists():
+                raise MissingDataError(f"{train}: no such file; give --data the directory that has {name}/.")
+            prepare_jsonl([train], out, text_field="title,text", test=[test])
         elif name in PYTHON:
             source = standard_library_directory() if name == "stdlib" else Path(sysconfig.get_path("purelib"))
             prepare_python_source([source], out)
         elif name.startswith("synthetic-"):
             make_synthetic(out, int(name.removeprefix("synthetic-")))
         else:
-            raise click.UsageError(f"{name}: the sets are {', '.join((*XMC, *PYTHON))}, synthetic-NUMBER.")
+            raise click.UsageError(
+                f"{name}: the sets are {', '.join((*XMC, *TEXT, *PYTHON))}, synthetic-NUMBER."
+            )
     return Dataset.open(out)
 
 

@@ -22,7 +22,8 @@ from slidex.threads import set_threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +104,6 @@ def machine() -> dict[str, Any]:
         else []
     )
     processor = models[0].partition(": ")[2] if models else platform.processor()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "processor": processor,
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
@@ -119,8 +113,20 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "numba": numba.__version__,
         "numpy": np.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
+
+
+def commit(folder: Path = ROOT) -> str:
+    """The commit of the working tree, ``-dirty`` if tracked files have changed that benchmarks do not write."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+    found = git("describe", "--always")
+    written = (":(exclude)benchmarks/results", ":(exclude)docs/accuracy.md")
+    changed = git("diff", "--quiet", "HEAD", "--", ".", *written).returncode
+    return found.stdout.strip() + "-dirty" * bool(changed) if found.returncode == 0 else "unknown"
 
 
 def print_row(label: str, cells: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
 """Seconds of training to the P@1 of a dense softmax: who gets there first.
 
 Both train with the same initial weights, batch size and learning-rate schedule; slidex may take more steps, as its
-steps cost less. The P@1 to reach is the best of the dense run. Run it as ``python -m benchmarks --only accuracy``.
+steps cost less. The P@1 to reach is the best of the dense run. Run it as ``python -m benchmarks --only race``.
 """
 
 from __future__ import annotations
