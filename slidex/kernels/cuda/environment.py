@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from slidex.errors import DeviceError, MissingExtraError
+from slidex.errors import DeviceError, MissingExtraError, SlidexError
 
 OLDEST_NUMBA_CUDA = (0, 30)
 OLDEST_CAPABILITY = (7, 5)  # what CUDA 13 still compiles for
@@ -70,7 +70,7 @@ def require_device(device: torch.device | str = "cuda") -> None:
     require_numba_cuda()
     if simulated():
         return
-    built_for = torch.version.cuda
+    built_for = _built_for()
     if built_for is None:
         raise DeviceError(
             f"This torch ({torch.__version__}) is built without CUDA. Install a CUDA build of torch: "
@@ -140,6 +140,39 @@ def driver_version() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return (version.value // 1000, version.value % 1000 // 10) if status == 0 else None
+
+
+def gpus() -> str | list[dict[str, str | int]]:
+    """Name, memory and free memory of each GPU, in bytes, or why there is none."""
+    if not torch.cuda.is_available():
+        return "none" if _built_for() else "none (this torch is built without CUDA)"
+    return [
+        {
+            "name": torch.cuda.get_device_name(index),
+            "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            "free_bytes": torch.cuda.mem_get_info(index)[0],
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def driver() -> str:
+    """What the NVIDIA driver supports, in words."""
+    version = driver_version()
+    return "none" if version is None else f"for CUDA {_dotted(version)}"
+
+
+def readiness() -> str:
+    """Whether kernels can run on a GPU here, or what to do for it."""
+    try:
+        require_device()
+    except SlidexError as error:
+        return f"no: {error}"
+    return "in the simulator" if simulated() else "yes"
+
+
+def _built_for() -> str | None:
+    return torch.version.cuda
 
 
 def _driver_library() -> str:
