@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A machine on which everything is in order; a test changes one thing of it."""
     state: dict[str, object] = {
         "numba-cuda": "0.30.4",
-        "numpy": "2.4.6",
         "torch": "13.0",
         "driver": (13, 0),
         "gpus": 2,
@@ -64,12 +64,6 @@ def test_a_machine_in_order_gets_the_kernels(machine: dict[str, object]) -> None
             r"numba-cuda, which is not installed.*pip install 'slidex\[cuda\]'",
         ),
         ("numba-cuda", "0.22.1", MissingExtraError, r"numba-cuda 0\.30 or newer\. Found 0\.22\.1.*--upgrade"),
-        (
-            "numpy",
-            "2.5.2",
-            MissingExtraError,
-            r"numpy older than 2\.5\. Found 2\.5\.2.*pip install 'numpy<2\.5'",
-        ),
         ("torch", None, DeviceError, r"This torch .* is built without CUDA\. Install a CUDA build"),
         ("driver", None, DeviceError, r"No NVIDIA driver was found.*CUDA 13 or newer"),
         (
@@ -89,6 +83,17 @@ def test_a_missing_part_is_named(
     machine[part] = value
     with pytest.raises(kind, match=message):
         kernels.get("cuda:1")
+
+
+def test_a_numpy_too_new_for_numba_cuda_is_named(
+    machine: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(np, "row_stack")
+    monkeypatch.setattr(np, "__version__", "2.5.2")
+    with pytest.raises(
+        MissingExtraError, match=r"older than 2\.5\. Found 2\.5\.2\. .*pip install 'numpy<2\.5'"
+    ):
+        kernels.get("cuda")
 
 
 def test_hidden_gpus_are_named(machine: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,13 @@ import os
 import re
 import sys
 
+import numpy as np
 import torch
 
 from slidex.errors import DeviceError, MissingExtraError, SlidexError
 
 OLDEST_NUMBA_CUDA = (0, 30)
 OLDEST_CAPABILITY = (7, 5)  # what CUDA 13 still compiles for
-_ROW_STACK_GONE = (2, 5)  # numpy that lacks row_stack, which numba-cuda up to 0.30 calls
 
 
 def simulated() -> bool:
@@ -49,10 +49,9 @@ def require_numba_cuda() -> None:
             f"The CUDA kernels need numba-cuda {_dotted(OLDEST_NUMBA_CUDA)} or newer. Found {installed}. "
             "Update it with: pip install --upgrade 'slidex[cuda]'"
         )
-    numpy = importlib.metadata.version("numpy")
-    if _numbers(numpy) >= _ROW_STACK_GONE and _numbers(installed) < (0, 31):
+    if not hasattr(np, "row_stack"):  # numba-cuda up to 0.30 calls it, numpy from 2.5 on lacks it
         raise MissingExtraError(
-            f"numba-cuda {installed} needs a numpy older than {_dotted(_ROW_STACK_GONE)}. Found {numpy}. "
+            f"numba-cuda {installed} needs a numpy older than 2.5. Found {np.__version__}. "
             "Change it with: pip install 'numpy<2.5'"
         )
 
