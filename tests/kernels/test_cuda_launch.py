@@ -85,6 +85,12 @@ def test_a_launch_passes_pointers_on_torchs_stream(recorder: Recorder) -> None:
     assert [type(number) for number in floats] == [np.float32] * 2
 
 
+def test_the_default_stream_is_numbas(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    _kernel().launch(1, 32, torch.zeros(1))
+    assert recorder.launched[0][0][2] == 0
+
+
 def test_a_kernel_is_compiled_once_for_each_set_of_types(recorder: Recorder) -> None:
     kernel, other = _kernel(), _kernel()
     for size in (1, 2, 3):

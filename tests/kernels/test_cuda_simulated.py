@@ -11,6 +11,7 @@ from tests.kernels.cuda.running import run_simulated
 FILES = sorted((Path(__file__).parent / "cuda").glob("simulated_*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_kernels_in_the_simulator(path: Path) -> None:
     pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")

@@ -180,5 +180,5 @@ def _view(tensor: torch.Tensor) -> Any:
 def _stream(pointer: int) -> Any:
     key = (torch.cuda.current_device(), pointer)
     if key not in _streams:
-        _streams[key] = cuda.external_stream(pointer)
+        _streams[key] = cuda.external_stream(pointer) if pointer else 0  # Numba's name of the default stream
     return _streams[key]

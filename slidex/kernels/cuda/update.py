@@ -2,9 +2,10 @@
 
 The (row, source) pairs are sorted by parameter row, stably, so that the pairs of a row lie together in the order of
 their position. The warp of a row's first pair does the row, the warps of the others end at once: no count comes
-back to the host, no sum needs atomics, and the result is the same bits in every run. Which optimiser it is the shapes
-of the state say (`slidex.kernels.optimizer.RowState`). Letters: R parameter rows, D their width, N source rows, M
-pairs (one parameter row, one source row), U listed rows.
+back to the host, no sum needs atomics, and the result is the same bits in every run. The time of a row grows with its
+pairs: one that all rows of a large batch touch is done by one warp. Which optimiser it is the shapes of the state say
+(`slidex.kernels.optimizer.RowState`). Letters: R parameter rows, D their width, N source rows, M pairs (one parameter
+row, one source row), U listed rows.
 """
 
 from __future__ import annotations
