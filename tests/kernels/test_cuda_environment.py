@@ -70,7 +70,7 @@ def test_a_machine_in_order_gets_the_kernels(machine: dict[str, object]) -> None
             "driver",
             (12, 4),
             DeviceError,
-            r"too old: it supports CUDA 12\.4.*needs CUDA 13.*torch built for CUDA 12",
+            r"too old: it supports CUDA 12\.4.*needs CUDA 13.*torch built for CUDA 12 and numba-cuda\[cu12\]",
         ),
         ("gpus", 0, DeviceError, r"shows no GPU\. Check it with: nvidia-smi"),
         ("gpus", 1, DeviceError, r"no GPU 'cuda:1'\. The driver shows cuda:0\."),

@@ -84,7 +84,8 @@ def require_device(device: torch.device | str = "cuda") -> None:
     if driver[0] < _numbers(built_for)[0]:
         raise DeviceError(
             f"The NVIDIA driver is too old: it supports CUDA {_dotted(driver)}, torch {torch.__version__} needs CUDA "
-            f"{_numbers(built_for)[0]}. Update the driver, or install a torch built for CUDA {driver[0]}."
+            f"{_numbers(built_for)[0]}. Update the driver, or install a torch built for CUDA {driver[0]} and "
+            f"numba-cuda[cu{driver[0]}]."
         )
     _require_visible(torch.device(device))
 
