@@ -59,5 +59,9 @@ class MissingExtraError(SlidexError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+class DeviceError(SlidexError):
+    """A GPU was asked for and cannot be used; the message says what is missing and what to install or change."""
+
+
 class CollapseWarning(UserWarning):
     """The negative classes of a run look too narrow; the message names the settings to change."""
