@@ -133,12 +133,6 @@ def _syncwarp(self: object, mask: int = 0) -> None:
     _exchange(None)
 
 
-def _array(self: FakeCUDAShared, shape: Any, dtype: Any) -> np.ndarray:
-    """The simulator knows an array by the line that makes it; without a lock two threads make one each."""
-    with _allocating:
-        return _plain_array(self, shape, dtype)
-
-
 def install() -> None:
     """Give the simulator warp operations; every lane of a warp must take part in each."""
     FakeCUDAShared.array = _array
