@@ -8,7 +8,7 @@ import torch
 
 from slidex.errors import DivergedError
 from slidex.lsh import HashIndex, make_index
-from slidex.lsh.hash_index import automatic_bits
+from slidex.lsh.family import automatic_bits
 from slidex.lsh.simhash import SimHash, draw_projections
 
 
