@@ -24,7 +24,7 @@ from numba import types  # noqa: E402
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Argument = torch.Tensor | int | float
+    Argument = torch.Tensor | int | float | tuple["Argument", ...]
 
 __all__ = ["WARP", "Kernel", "blocks_for", "cuda", "float32", "kernel", "types"]
 
@@ -79,7 +79,7 @@ class Kernel:
         Args:
             blocks: Grid size, up to three numbers; nothing happens where one is 0.
             threads: Threads a block, a multiple of `WARP`.
-            arguments: Contiguous tensors on one device, integers, floats.
+            arguments: Contiguous tensors on one device, integers, floats, and tuples of these.
             shared: Bytes of dynamic shared memory a block.
 
         Raises:
@@ -89,16 +89,14 @@ class Kernel:
         if 0 in grid:
             return
         if _SIMULATED:
-            views = [_simulated_view(a) if isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
-            cuda.jit(self.function)[grid, threads, 0, shared](*views)
+            cuda.jit(self.function)[grid, threads, 0, shared](*_converted(arguments, _simulated_view))
             return
         device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
-        key = (device.index, *(_key(a) for a in arguments))
+        key = device.index, _key(arguments)
         with torch.cuda.device(device):
             compiled = self._compiled.get(key) or self._compile(key, arguments)
             stream = _stream(torch.cuda.current_stream(device).cuda_stream)
-            views = [_view(a) if isinstance(a, torch.Tensor) else _scalar(a) for a in arguments]
-            compiled[grid, threads, stream, shared](*views)
+            compiled[grid, threads, stream, shared](*_converted(arguments, _view))
 
     def _compile(self, key: tuple[object, ...], arguments: tuple[Argument, ...]) -> Any:
         try:
@@ -127,15 +125,28 @@ def blocks_for(work: int, per_block: int) -> int:
 def _type(argument: Argument) -> Any:
     if isinstance(argument, torch.Tensor):
         return types.Array(_TYPES[argument.dtype], argument.dim(), "C")
+    if isinstance(argument, tuple):
+        return types.BaseTuple.from_types(tuple(map(_type, argument)))
     return types.float32 if isinstance(argument, float) else types.int64
 
 
 def _key(argument: Argument) -> object:
-    return (argument.dtype, argument.dim()) if isinstance(argument, torch.Tensor) else type(argument)
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.dim()
+    return tuple(map(_key, argument)) if isinstance(argument, tuple) else type(argument)
 
 
-def _scalar(argument: int | float) -> Any:
-    return np.float32(argument) if isinstance(argument, float) else argument
+def _converted(arguments: tuple[Argument, ...], view: Callable[[torch.Tensor], Any]) -> tuple[Any, ...]:
+    """The arguments as Numba takes them."""
+    converted = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            converted.append(view(argument))
+        elif isinstance(argument, tuple):
+            converted.append(_converted(argument, view))
+        else:
+            converted.append(np.float32(argument) if isinstance(argument, float) else argument)
+    return tuple(converted)
 
 
 def _simulated_view(tensor: torch.Tensor) -> np.ndarray:

@@ -1,0 +1,277 @@
+"""Row-sparse optimiser steps on the GPU: a warp sums a row's gradient, updates the row, and is done.
+
+The (row, source) pairs are sorted by parameter row, stably, so that the pairs of a row lie together in the order of
+their position. The warp of a row's first pair does the row, the warps of the others end at once: no count comes
+back to the host, no sum needs atomics, and the result is the same bits in every run. Which optimiser it is the shapes
+of the state say (`slidex.kernels.optimizer.RowState`). Letters: R parameter rows, D their width, N source rows, M
+pairs (one parameter row, one source row), U listed rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from slidex.kernels.cuda.arguments import coefficients
+from slidex.kernels.cuda.device import ALL_LANES, store, warp_sum, wide
+from slidex.kernels.cuda.launch import WARP, blocks_for, cuda, float32, kernel
+
+if TYPE_CHECKING:
+    from slidex.kernels.cuda.arguments import Arguments
+    from slidex.kernels.optimizer import StepSettings
+
+    Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_MOST_WARPS = 4
+_SHARED_FLOATS = 12_288  # 48 KiB, what every GPU gives a block
+_COLUMNS = 4  # of a lane, summed at a time
+
+
+def update_groups(
+    check: Arguments,
+    ids_M: torch.Tensor,
+    source_row_M: torch.Tensor | None,
+    slots: int,
+    scale_M: torch.Tensor,
+    source_ND: torch.Tensor,
+    weights: Parameter,
+    biases: Parameter,
+    settings: StepSettings,
+) -> None:
+    """Optimiser step of each parameter row that has pairs.
+
+    A row's gradient is ``sum scale[p] * source[source row of p]`` over its pairs p, in the order of their position.
+
+    Args:
+        check: Of the call, for memory and messages.
+        ids_M: int32 or int64, parameter row of each pair; a pair whose row is out of range is left out.
+        source_row_M: int64, source row of each pair; None where pair p has row ``p // slots``.
+        slots: Pairs of a source row, where all have as many.
+        scale_M: Factor of each pair, or empty where each is 1.
+        source_ND: The rows that are summed.
+        weights: A (R, D) parameter and the two parts of its state.
+        biases: A (R,) parameter and its state, with gradient ``sum scale[p]``; empty arrays for none.
+        settings: The step's settings.
+
+    Raises:
+        ConfigError: The rows are too wide.
+    """
+    sorted_M, order_M = torch.sort(ids_M, stable=True)
+    rows_M = check.integer_none() if source_row_M is None else source_row_M
+    warps = _warps(check, source_ND.shape[1])
+    _update_groups.launch(
+        blocks_for(len(ids_M), warps),
+        warps * WARP,
+        sorted_M,
+        order_M,
+        rows_M,
+        slots,
+        scale_M,
+        source_ND,
+        weights,
+        biases,
+        coefficients(settings),
+        shared=4 * warps * source_ND.shape[1],
+    )
+
+
+def update_rows(
+    check: Arguments,
+    ids_U: torch.Tensor,
+    grad_UD: torch.Tensor,
+    grad_bias_U: torch.Tensor,
+    weights: Parameter,
+    biases: Parameter,
+    settings: StepSettings,
+) -> None:
+    """Optimiser step of the rows `ids_U`, each listed once, with the gradients `grad_UD` and `grad_bias_U`."""
+    pool_size, width = grad_UD.shape
+    warps = _warps(check, width)
+    _update_rows.launch(
+        blocks_for(pool_size, warps),
+        warps * WARP,
+        ids_U,
+        grad_UD,
+        grad_bias_U,
+        weights,
+        biases,
+        coefficients(settings),
+        shared=4 * warps * width,
+    )
+
+
+def _warps(check: Arguments, width: int) -> int:
+    """Warps a block: a row's gradient lies in shared memory."""
+    if not 1 <= width <= _SHARED_FLOATS:
+        check.fail("width", f"from 1 to {_SHARED_FLOATS}", width)
+    return min(_MOST_WARPS, _SHARED_FLOATS // width)
+
+
+@kernel
+def _update_groups(sorted_M, order_M, rows_M, slots, scale_M, source_ND, weights, biases, step):
+    shared = cuda.shared.array(0, float32)
+    width = source_ND.shape[1]
+    first = cuda.grid(1) // WARP
+    if first >= sorted_M.size:
+        return
+    row = sorted_M[first]
+    if row < 0 or row >= weights[0].shape[0] or (first > 0 and sorted_M[first - 1] == row):
+        return
+    warp = cuda.threadIdx.x // WARP
+    gradient_D = shared[warp * width : (warp + 1) * width]
+    end = _end_of_group(sorted_M, first)
+    bias_gradient = _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D)
+    _update_row(gradient_D, weights, row, step)
+    if biases[0].size and cuda.laneid == 0:
+        _update_entry(bias_gradient, biases, row, step)
+
+
+@kernel
+def _update_rows(ids_U, grad_UD, grad_bias_U, weights, biases, step):
+    shared = cuda.shared.array(0, float32)
+    width = grad_UD.shape[1]
+    u = cuda.grid(1) // WARP
+    if u >= ids_U.size:
+        return
+    row = ids_U[u]
+    if row < 0 or row >= weights[0].shape[0]:
+        return
+    warp = cuda.threadIdx.x // WARP
+    gradient_D = shared[warp * width : (warp + 1) * width]
+    for d in range(cuda.laneid, width, WARP):
+        gradient_D[d] = wide(grad_UD[u, d])
+    _update_row(gradient_D, weights, row, step)
+    if biases[0].size and cuda.laneid == 0:
+        bias_gradient = wide(grad_bias_U[u]) if grad_bias_U.size else np.float32(0)
+        _update_entry(bias_gradient, biases, row, step)
+
+
+@cuda.jit(device=True)
+def _end_of_group(sorted_M, first):
+    """First position after `first` with another id: bisection, as a hot row has as many pairs as the batch rows."""
+    low, high = first + 1, sorted_M.size
+    while low < high:
+        middle = (low + high) // 2
+        if sorted_M[middle] == sorted_M[first]:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cuda.jit(device=True)
+def _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D):
+    """Sum of the pairs' scaled source rows into `gradient_D`, a lane's columns by itself; returns the scales' sum."""
+    width = source_ND.shape[1]
+    scales = np.float32(0)
+    for d in range(cuda.laneid, width, _COLUMNS * WARP):
+        scales = sum0 = sum1 = sum2 = sum3 = np.float32(0)
+        for j in range(first, end):
+            pair = order_M[j]
+            n = rows_M[pair] if rows_M.size else pair // slots
+            if n >= source_ND.shape[0]:  # a pair behind the last row
+                continue
+            scale = wide(scale_M[pair]) if scale_M.size else np.float32(1)
+            scales += scale
+            sum0 += scale * wide(source_ND[n, d])
+            if d + WARP < width:
+                sum1 += scale * wide(source_ND[n, d + WARP])
+            if d + 2 * WARP < width:
+                sum2 += scale * wide(source_ND[n, d + 2 * WARP])
+            if d + 3 * WARP < width:
+                sum3 += scale * wide(source_ND[n, d + 3 * WARP])
+        gradient_D[d] = sum0
+        if d + WARP < width:
+            gradient_D[d + WARP] = sum1
+        if d + 2 * WARP < width:
+            gradient_D[d + 2 * WARP] = sum2
+        if d + 3 * WARP < width:
+            gradient_D[d + 3 * WARP] = sum3
+    return scales
+
+
+@cuda.jit(device=True)
+def _update_row(gradient_D, weights, row, step):
+    """Update one row of a (R, D) parameter and its state by all lanes; each reads the gradients that it wrote."""
+    if weights[1].shape[0] == 0:
+        _rowwise_adagrad_row(gradient_D, weights, row, step)
+    elif weights[2].shape[1] < weights[0].shape[1]:
+        _rowwise_adam_row(gradient_D, weights, row, step)
+    else:
+        _adam_row(gradient_D, weights, row, step)
+
+
+@cuda.jit(device=True)
+def _update_entry(gradient, biases, i, step):
+    """Update entry i of a (R,) parameter and its state, by one lane."""
+    bias_R, moment1_R, moment2_R = biases
+    take1, take2, epsilon, step_size, shrink, learning_rate = step
+    bias = wide(bias_R[i]) * shrink
+    if moment1_R.size:
+        moment1 = moment1_R[i] + (gradient - moment1_R[i]) * take1
+        moment2 = moment2_R[i] + (gradient * gradient - moment2_R[i]) * take2
+        moment1_R[i] = moment1
+        moment2_R[i] = moment2
+        store(bias_R, i, bias - step_size * moment1 / (math.sqrt(moment2) + epsilon))
+    else:
+        moment2 = moment2_R[i] + gradient * gradient
+        moment2_R[i] = moment2
+        store(bias_R, i, bias - learning_rate * gradient / (math.sqrt(moment2) + epsilon))
+
+
+@cuda.jit(device=True)
+def _adam_row(gradient_D, weights, row, step):
+    weight_RD, moment1_RD, moment2_RD = weights
+    take1, take2, epsilon, step_size, shrink, _ = step
+    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+        gradient = gradient_D[d]
+        moment1 = moment1_RD[row, d] + (gradient - moment1_RD[row, d]) * take1
+        moment2 = moment2_RD[row, d] + (gradient * gradient - moment2_RD[row, d]) * take2
+        moment1_RD[row, d] = moment1
+        moment2_RD[row, d] = moment2
+        weight = wide(weight_RD[row, d]) * shrink
+        store(weight_RD, (row, d), weight - step_size * moment1 / (math.sqrt(moment2) + epsilon))
+
+
+@cuda.jit(device=True)
+def _rowwise_adam_row(gradient_D, weights, row, step):
+    weight_RD, moment1_RD, moment2_R1 = weights
+    take1, take2, epsilon, step_size, shrink, _ = step
+    moment2 = moment2_R1[row, 0]
+    moment2 += (_mean_square(gradient_D, weight_RD.shape[1]) - moment2) * take2
+    moment2 = _written_by_lane_0(moment2, moment2_R1, row)
+    scale = step_size / (math.sqrt(moment2) + epsilon)
+    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+        moment1 = moment1_RD[row, d] + (gradient_D[d] - moment1_RD[row, d]) * take1
+        moment1_RD[row, d] = moment1
+        store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * moment1)
+
+
+@cuda.jit(device=True)
+def _rowwise_adagrad_row(gradient_D, weights, row, step):
+    weight_RD, _, moment2_R1 = weights
+    _, _, epsilon, _, shrink, learning_rate = step
+    moment2 = moment2_R1[row, 0] + _mean_square(gradient_D, weight_RD.shape[1])
+    moment2 = _written_by_lane_0(moment2, moment2_R1, row)
+    scale = learning_rate / (math.sqrt(moment2) + epsilon)
+    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+        store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * gradient_D[d])
+
+
+@cuda.jit(device=True)
+def _written_by_lane_0(moment2, moment2_R1, row):
+    """Lane 0's value, in every lane: another may have read the row only after lane 0 wrote it."""
+    if cuda.laneid == 0:
+        moment2_R1[row, 0] = moment2
+    return cuda.shfl_sync(ALL_LANES, moment2, 0)
+
+
+@cuda.jit(device=True)
+def _mean_square(gradient_D, width):
+    total = np.float32(0)
+    for d in range(cuda.laneid, width, WARP):
+        total += gradient_D[d] * gradient_D[d]
+    return warp_sum(total) / np.float32(width)
