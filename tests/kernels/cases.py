@@ -230,7 +230,7 @@ def assert_as_exact_as_torch(
     rivals = outcome(reference, arguments)
     if dtype.itemsize == 2:
         arguments = [cast(a, torch.float32) if isinstance(a, RowState) else a for a in arguments]
-    arguments = [_moved(argument, device) for argument in arguments]
+    arguments = [moved(argument, device) for argument in arguments]
     for got, rival, want in zip(outcome(kernel, arguments), rivals, exact, strict=True):
         unit = 4 * torch.finfo(torch.float32).eps
         if got.dtype.itemsize == 2:
@@ -244,7 +244,8 @@ def _copied(argument: object) -> object:
     return argument.clone() if isinstance(argument, torch.Tensor) else argument
 
 
-def _moved(argument: object, device: str) -> object:
+def moved(argument: object, device: str) -> object:
+    """An argument with its tensors on a device."""
     if isinstance(argument, RowState):
         return RowState(*(moment.to(device) for moment in argument))
     return argument.to(device) if isinstance(argument, torch.Tensor) else argument

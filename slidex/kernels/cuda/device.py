@@ -2,6 +2,10 @@
 
 `wide` and `store` are plain functions with a second body for compiled code, so that the simulator runs them too.
 All reductions have a fixed order. Kernels are launched with whole warps and call the reductions with all lanes.
+
+The innermost loops count in uint64 with ``while``: Numba adds instructions to each access by a signed index, for
+indices from the end, and to each turn of a ``for``. Unsigned numbers must not meet signed ones, which would make
+floats of both; the tests look for float64 in what is compiled.
 """
 
 from __future__ import annotations
@@ -12,6 +16,8 @@ from slidex.kernels.cuda.environment import simulated
 from slidex.kernels.cuda.launch import WARP, cuda, float32, types
 
 ALL_LANES = 0xFFFFFFFF
+STRIDE = np.uint64(WARP)
+"""From a lane's column to its next."""
 _QUIET_NAN = 0x7FC0
 _MOST_WARPS = 32  # of a block
 

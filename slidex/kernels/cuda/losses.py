@@ -172,92 +172,111 @@ def _threads(length: int) -> int:
 
 @kernel
 def _softmax_dense(logits_NA, target_NA, offset_NA, loss_N, grad_NA):
-    n, first, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    most = np.float32(-np.inf)
-    for a in range(first, logits_NA.shape[1], step):
+    n, width = np.uint64(cuda.blockIdx.x), np.uint64(logits_NA.shape[1])
+    first, step = np.uint64(cuda.threadIdx.x), np.uint64(cuda.blockDim.x)
+    most, zero = np.float32(-np.inf), np.float32(0)
+    a = first
+    while a < width:
         most = max(most, _shifted(logits_NA, offset_NA, n, a))
+        a += step
     most = block_max(most)
-    total = mass = aligned = np.float32(0)
-    for a in range(first, logits_NA.shape[1], step):
+    total = mass = aligned = zero
+    a = first
+    while a < width:
         score, target = _shifted(logits_NA, offset_NA, n, a) - most, wide(target_NA[n, a])
         total += math.exp(score)
-        if target != 0:
+        if target != zero:
             mass += target
             aligned += target * score
+        a += step
     total, mass, aligned = block_sum(total), block_sum(mass), block_sum(aligned)
-    for a in range(first, logits_NA.shape[1], step):
-        grad_NA[n, a] = np.float32(0)
-        if mass != 0:
+    a = first
+    while a < width:
+        grad_NA[n, a] = zero
+        if mass != zero:
             score, target = _shifted(logits_NA, offset_NA, n, a) - most, wide(target_NA[n, a])
             grad_NA[n, a] = math.exp(score) * (mass / total) - target
-    if first == 0:
-        loss_N[n] = mass * math.log(total) - aligned if mass != 0 else np.float32(0)
+        a += step
+    if cuda.threadIdx.x == 0:
+        loss_N[n] = mass * math.log(total) - aligned if mass != zero else zero
 
 
 @kernel
 def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, kept, loss_N):
-    n, first, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    width = scores_NU.shape[1]
+    """Settles the gradients of the targets in `kept` before their scores are overwritten."""
+    n, width = np.uint64(cuda.blockIdx.x), np.uint64(scores_NU.shape[1])
+    first, step = np.uint64(cuda.threadIdx.x), np.uint64(cuda.blockDim.x)
     start, end, fault = _targets(indptr, positions, n)
-    most = np.float32(-np.inf)
-    for u in range(first, width, step):
+    most, zero = np.float32(-np.inf), np.float32(0)
+    u = first
+    while u < width:
         most = max(most, _offset(scores_NU, offset_U, n, u))
+        u += step
     most = block_max(most)
-    total = aligned = np.float32(0)
-    mass = fault
-    for u in range(first, width, step):
+    total = aligned = zero
+    u = first
+    while u < width:
         total += math.exp(_offset(scores_NU, offset_U, n, u) - most)
-    for j in range(start + first, end, step):
-        u = positions[j]
-        if u < 0 or u >= width:
+        u += step
+    mass = fault
+    j = start + first
+    while j < end:
+        u, weight = np.uint64(positions[j]), wide(weights[j])
+        if u >= width:
             mass = np.float32(np.nan)
-        elif weights[j] != 0:
-            mass += wide(weights[j])
-            aligned += wide(weights[j]) * (_offset(scores_NU, offset_U, n, u) - most)
+        elif weight != zero:
+            mass += weight
+            aligned += weight * (_offset(scores_NU, offset_U, n, u) - most)
+        j += step
     total, mass, aligned = block_sum(total), block_sum(mass), block_sum(aligned)
-    scale = mass / total if mass != 0 else np.float32(0)
-    for j in range(start + first, end, step):
-        u = positions[j]
-        if 0 <= u < width:
+    scale = mass / total if mass != zero else zero
+    j = start + first
+    while j < end:
+        u = np.uint64(positions[j])
+        if u < width:
             kept[j] = math.exp(_offset(scores_NU, offset_U, n, u) - most) * scale - wide(weights[j])
+        j += step
     cuda.syncthreads()
-    for u in range(first, width, step):
-        grad = np.float32(0)
-        if mass != 0:
+    u = first
+    while u < width:
+        grad = zero
+        if mass != zero:
             grad = math.exp(_offset(scores_NU, offset_U, n, u) - most) * scale
         store(scores_NU, (n, u), grad)
+        u += step
     cuda.syncthreads()
-    for j in range(start + first, end, step):
-        u = positions[j]
-        if 0 <= u < width and mass != 0:
-            store(scores_NU, (n, u), kept[j])
-    if first == 0:
-        loss_N[n] = mass * math.log(total) - aligned if mass != 0 else np.float32(0)
+    if mass != zero:
+        _put_back(scores_NU, positions, kept, n, start, end)
+    if cuda.threadIdx.x == 0:
+        loss_N[n] = mass * math.log(total) - aligned if mass != zero else zero
 
 
 @kernel
 def _logistic_dense(logits_NA, target_NA, weight_NA, loss_N, grad_NA):
-    n, first, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    n, width = np.uint64(cuda.blockIdx.x), np.uint64(logits_NA.shape[1])
     total = np.float32(0)
-    for a in range(first, logits_NA.shape[1], step):
+    a = np.uint64(cuda.threadIdx.x)
+    while a < width:
         loss, slope = _logistic(wide(logits_NA[n, a]), wide(target_NA[n, a]))
         weight = wide(weight_NA[n, a]) if weight_NA.size else np.float32(1)
         total += weight * loss
         grad_NA[n, a] = weight * slope
+        a += np.uint64(cuda.blockDim.x)
     total = block_sum(total)
-    if first == 0:
+    if cuda.threadIdx.x == 0:
         loss_N[n] = total
 
 
 @kernel
 def _logistic_shared(scores_NU, indptr, positions, weights, weight_U, kept, loss_N):
-    """Settles the targets first; then their scores are -inf, which adds nothing to the sweep over the rest."""
-    n, first, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    width = scores_NU.shape[1]
+    """Settles the targets in `kept`; then their scores are -inf, which adds nothing to the sweep over the rest."""
+    n, width = np.uint64(cuda.blockIdx.x), np.uint64(scores_NU.shape[1])
+    first, step = np.uint64(cuda.threadIdx.x), np.uint64(cuda.blockDim.x)
     start, end, total = _targets(indptr, positions, n)
-    for j in range(start + first, end, step):
-        u = positions[j]
-        if u < 0 or u >= width:
+    j = start + first
+    while j < end:
+        u = np.uint64(positions[j])
+        if u >= width:
             total = np.float32(np.nan)
         else:
             loss, slope = _logistic(wide(scores_NU[n, u]), wide(weights[j]))
@@ -265,18 +284,19 @@ def _logistic_shared(scores_NU, indptr, positions, weights, weight_U, kept, loss
             total += weight * loss
             kept[j] = weight * slope
             store(scores_NU, (n, u), np.float32(-np.inf))
+        j += step
     cuda.syncthreads()
-    for u in range(first, width, step):
+    u = first
+    while u < width:
         loss, slope = _logistic(wide(scores_NU[n, u]), np.float32(0))
         weight = wide(weight_U[u]) if weight_U.size else np.float32(1)
         total += weight * loss
         store(scores_NU, (n, u), weight * slope)
+        u += step
     cuda.syncthreads()
-    for j in range(start + first, end, step):
-        if 0 <= positions[j] < width:
-            store(scores_NU, (n, positions[j]), kept[j])
+    _put_back(scores_NU, positions, kept, n, start, end)
     total = block_sum(total)
-    if first == 0:
+    if cuda.threadIdx.x == 0:
         loss_N[n] = total
 
 
@@ -293,10 +313,21 @@ def _offset(scores_NU, offset_U, n, u):
 @cuda.jit(device=True)
 def _targets(indptr, positions, n):
     """Where the targets of row n lie, and 0; or none, and NaN, where the offsets are out of range."""
-    start, end = indptr[n], indptr[n + 1]
+    start, end = indptr[n], indptr[n + np.uint64(1)]
     if start < 0 or end < start or end > positions.size:
-        return np.int64(0), np.int64(0), np.float32(np.nan)
-    return start, end, np.float32(0)
+        return np.uint64(0), np.uint64(0), np.float32(np.nan)
+    return np.uint64(start), np.uint64(end), np.float32(0)
+
+
+@cuda.jit(device=True)
+def _put_back(scores_NU, positions, kept, n, start, end):
+    """The gradients of the row's targets, each of which one thread has settled and the same thread puts back."""
+    j = start + np.uint64(cuda.threadIdx.x)
+    while j < end:
+        u = np.uint64(positions[j])
+        if u < np.uint64(scores_NU.shape[1]):
+            store(scores_NU, (n, u), kept[j])
+        j += np.uint64(cuda.blockDim.x)
 
 
 @cuda.jit(device=True)

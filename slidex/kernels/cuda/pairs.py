@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from slidex.kernels.cuda.arguments import Arguments
-from slidex.kernels.cuda.device import warp_sum, wide
+from slidex.kernels.cuda.device import STRIDE, warp_sum, wide
 from slidex.kernels.cuda.launch import WARP, blocks_for, cuda, kernel
 from slidex.kernels.cuda.sums import weighted_sums
 from slidex.kernels.cuda.update import update_groups
@@ -136,8 +136,10 @@ def _logits(hidden_ND, weight_CD, bias_C, active_NA, logits_NA):
     found = 0 <= c < weight_CD.shape[0]
     score = np.float32(0)
     if found:
-        for d in range(cuda.laneid, weight_CD.shape[1], WARP):
+        d, width = np.uint64(cuda.laneid), np.uint64(weight_CD.shape[1])
+        while d < width:
             score += wide(hidden_ND[n, d]) * wide(weight_CD[c, d])
+            d += STRIDE
     score = warp_sum(score)
     if found:
         score += wide(bias_C[c]) if bias_C.size else np.float32(0)

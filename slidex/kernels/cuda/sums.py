@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _WARPS = 8
+_NEXT = np.uint64(_WARPS)
 
 
 def weighted_sums(
@@ -48,22 +49,23 @@ def weighted_sums(
 def _weighted_sums(indptr, slots, ids, factors, weight_RD, bias_D, out_ND):
     partial = cuda.shared.array((_WARPS, WARP), float32)
     n, lane, warp = cuda.blockIdx.x, cuda.laneid, cuda.threadIdx.x // WARP
-    d = cuda.blockIdx.y * WARP + lane
-    width = weight_RD.shape[1]
+    d, width = np.uint64(cuda.blockIdx.y * WARP + lane), np.uint64(weight_RD.shape[1])
     start, end = np.int64(n) * slots, (np.int64(n) + 1) * slots
     if not slots:
         start, end = indptr[n], indptr[n + 1]
     total = np.float32(0)
     if start < 0 or end < start or end > ids.size:
         start, end, total = 0, 0, np.float32(np.nan)
-    for j in range(start + warp, end, _WARPS):
+    j, stop = np.uint64(start + warp), np.uint64(end)
+    while j < stop:
         row = ids[j]
         if 0 <= row < weight_RD.shape[0]:
             factor = wide(factors[j]) if factors.size else np.float32(1)
             if d < width:
-                total += factor * wide(weight_RD[row, d])
+                total += factor * wide(weight_RD[np.uint64(row), d])
         elif row != -1 or not slots:
             total = np.float32(np.nan)
+        j += _NEXT
     partial[warp, lane] = total
     cuda.syncthreads()
     if warp == 0 and d < width:

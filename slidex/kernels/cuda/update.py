@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from slidex.kernels.cuda.arguments import coefficients
-from slidex.kernels.cuda.device import ALL_LANES, store, warp_sum, wide
+from slidex.kernels.cuda.device import ALL_LANES, STRIDE, store, warp_sum, wide
 from slidex.kernels.cuda.launch import WARP, blocks_for, cuda, float32, kernel
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_WARPS = 4
 _SHARED_FLOATS = 12_288  # 48 KiB, what every GPU gives a block
-_COLUMNS = 4  # of a lane, summed at a time
+_ONE = np.uint64(1)
 
 
 def update_groups(
@@ -141,8 +141,10 @@ def _update_rows(ids_U, grad_UD, grad_bias_U, weights, biases, step):
         return
     warp = cuda.threadIdx.x // WARP
     gradient_D = shared[warp * width : (warp + 1) * width]
-    for d in range(cuda.laneid, width, WARP):
+    d = np.uint64(cuda.laneid)
+    while d < np.uint64(width):
         gradient_D[d] = wide(grad_UD[u, d])
+        d += STRIDE
     _update_row(gradient_D, weights, row, step)
     if biases[0].size and cuda.laneid == 0:
         bias_gradient = wide(grad_bias_U[u]) if grad_bias_U.size else np.float32(0)
@@ -165,31 +167,37 @@ def _end_of_group(sorted_M, first):
 @cuda.jit(device=True)
 def _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D):
     """Sum of the pairs' scaled source rows into `gradient_D`, a lane's columns by itself; returns the scales' sum."""
-    width = source_ND.shape[1]
+    width = np.uint64(source_ND.shape[1])
     scales = np.float32(0)
-    for d in range(cuda.laneid, width, _COLUMNS * WARP):
+    d0 = np.uint64(cuda.laneid)
+    while d0 < width:
+        d1 = d0 + STRIDE
+        d2 = d1 + STRIDE
+        d3 = d2 + STRIDE
         scales = sum0 = sum1 = sum2 = sum3 = np.float32(0)
-        for j in range(first, end):
-            pair = order_M[j]
-            n = rows_M[pair] if rows_M.size else pair // slots
-            if n >= source_ND.shape[0]:  # a pair behind the last row
-                continue
-            scale = wide(scale_M[pair]) if scale_M.size else np.float32(1)
-            scales += scale
-            sum0 += scale * wide(source_ND[n, d])
-            if d + WARP < width:
-                sum1 += scale * wide(source_ND[n, d + WARP])
-            if d + 2 * WARP < width:
-                sum2 += scale * wide(source_ND[n, d + 2 * WARP])
-            if d + 3 * WARP < width:
-                sum3 += scale * wide(source_ND[n, d + 3 * WARP])
-        gradient_D[d] = sum0
-        if d + WARP < width:
-            gradient_D[d + WARP] = sum1
-        if d + 2 * WARP < width:
-            gradient_D[d + 2 * WARP] = sum2
-        if d + 3 * WARP < width:
-            gradient_D[d + 3 * WARP] = sum3
+        j, stop = np.uint64(first), np.uint64(end)
+        while j < stop:
+            pair = np.uint64(order_M[j])
+            n = np.uint64(rows_M[pair]) if rows_M.size else pair // np.uint64(slots)
+            if n < np.uint64(source_ND.shape[0]):  # else it lies behind the last row
+                scale = wide(scale_M[pair]) if scale_M.size else np.float32(1)
+                scales += scale
+                sum0 += scale * wide(source_ND[n, d0])
+                if d1 < width:
+                    sum1 += scale * wide(source_ND[n, d1])
+                if d2 < width:
+                    sum2 += scale * wide(source_ND[n, d2])
+                if d3 < width:
+                    sum3 += scale * wide(source_ND[n, d3])
+            j += _ONE
+        gradient_D[d0] = sum0
+        if d1 < width:
+            gradient_D[d1] = sum1
+        if d2 < width:
+            gradient_D[d2] = sum2
+        if d3 < width:
+            gradient_D[d3] = sum3
+        d0 = d3 + STRIDE
     return scales
 
 
@@ -226,7 +234,8 @@ def _update_entry(gradient, biases, i, step):
 def _adam_row(gradient_D, weights, row, step):
     weight_RD, moment1_RD, moment2_RD = weights
     take1, take2, epsilon, step_size, shrink, _ = step
-    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+    d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
+    while d < width:
         gradient = gradient_D[d]
         moment1 = moment1_RD[row, d] + (gradient - moment1_RD[row, d]) * take1
         moment2 = moment2_RD[row, d] + (gradient * gradient - moment2_RD[row, d]) * take2
@@ -234,6 +243,7 @@ def _adam_row(gradient_D, weights, row, step):
         moment2_RD[row, d] = moment2
         weight = wide(weight_RD[row, d]) * shrink
         store(weight_RD, (row, d), weight - step_size * moment1 / (math.sqrt(moment2) + epsilon))
+        d += STRIDE
 
 
 @cuda.jit(device=True)
@@ -244,10 +254,12 @@ def _rowwise_adam_row(gradient_D, weights, row, step):
     moment2 += (_mean_square(gradient_D, weight_RD.shape[1]) - moment2) * take2
     moment2 = _written_by_lane_0(moment2, moment2_R1, row)
     scale = step_size / (math.sqrt(moment2) + epsilon)
-    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+    d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
+    while d < width:
         moment1 = moment1_RD[row, d] + (gradient_D[d] - moment1_RD[row, d]) * take1
         moment1_RD[row, d] = moment1
         store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * moment1)
+        d += STRIDE
 
 
 @cuda.jit(device=True)
@@ -257,8 +269,10 @@ def _rowwise_adagrad_row(gradient_D, weights, row, step):
     moment2 = moment2_R1[row, 0] + _mean_square(gradient_D, weight_RD.shape[1])
     moment2 = _written_by_lane_0(moment2, moment2_R1, row)
     scale = learning_rate / (math.sqrt(moment2) + epsilon)
-    for d in range(cuda.laneid, weight_RD.shape[1], WARP):
+    d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
+    while d < width:
         store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * gradient_D[d])
+        d += STRIDE
 
 
 @cuda.jit(device=True)
@@ -272,6 +286,8 @@ def _written_by_lane_0(moment2, moment2_R1, row):
 @cuda.jit(device=True)
 def _mean_square(gradient_D, width):
     total = np.float32(0)
-    for d in range(cuda.laneid, width, WARP):
+    d = np.uint64(cuda.laneid)
+    while d < np.uint64(width):
         total += gradient_D[d] * gradient_D[d]
+        d += STRIDE
     return warp_sum(total) / np.float32(width)

@@ -63,8 +63,8 @@ class Launch:
 
 
 @contextlib.contextmanager
-def recorded_launches() -> Iterator[list[Launch]]:
-    """Within, kernels take CPU tensors and compute nothing; the list gets what they would have compiled."""
+def recorded_launches(device_type: str = "cpu") -> Iterator[list[Launch]]:
+    """Within, kernels take other tensors and compute nothing; the list gets what they would have compiled."""
     from slidex.kernels.cuda import environment  # numba-cuda is not everywhere
     from slidex.kernels.cuda.launch import Kernel
 
@@ -75,7 +75,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(Kernel, "launch", record),
-        mock.patch.object(environment, "device_type", return_value="cpu"),
+        mock.patch.object(environment, "device_type", return_value=device_type),
     ):
         yield launches
 

@@ -23,8 +23,8 @@ EMPTY_ROW = replace(SMALL, rows=4, width=3)
 DEFECTS = {
     "a lane's last columns are not summed": (
         pairs,
-        "range(cuda.laneid, weight_CD.shape[1], WARP)",
-        "range(cuda.laneid, weight_CD.shape[1] - 1, WARP)",
+        "np.uint64(weight_CD.shape[1])",
+        "np.uint64(weight_CD.shape[1] - 1)",
         "pair_logits",
         SMALL,
     ),
@@ -39,8 +39,8 @@ DEFECTS = {
     ),
     "pairs are taken twice": (
         sums,
-        "range(start + warp, end, _WARPS)",
-        "range(start, end, _WARPS)",
+        "np.uint64(start + warp)",
+        "np.uint64(start)",
         "embedding_bag",
         SMALL,
     ),
@@ -67,7 +67,7 @@ DEFECTS = {
         SMALL,
     ),
     "the third block of columns is lost": (update, "sum2 += scale", "sum2 = scale", "pair_update", WIDE),
-    "the order of the sort is ignored": (update, "pair = order_M[j]", "pair = j", "pair_update", SMALL),
+    "the order of the sort is ignored": (update, "np.uint64(order_M[j])", "j", "pair_update", SMALL),
     "the first moment is not kept": (
         update,
         "        moment1_RD[row, d] = moment1\n",
@@ -115,8 +115,8 @@ DEFECTS = {
     ),
     "a pool's second target counts once": (
         losses,
-        "mass += wide(weights[j])",
-        "mass = wide(weights[j])",
+        "            mass += weight\n",
+        "            mass = weight\n",
         "shared_softmax_loss",
         MANY,
     ),
@@ -129,8 +129,8 @@ DEFECTS = {
     ),
     "a row without targets has a gradient": (
         losses,
-        "        grad = np.float32(0)\n        if mass != 0:\n",
-        "        grad = np.float32(0)\n        if True:\n            scale = np.float32(1)\n",
+        "        grad = zero\n        if mass != zero:\n",
+        "        grad = zero\n        if True:\n            scale = np.float32(1)\n",
         "shared_softmax_loss",
         SMALL,
     ),
