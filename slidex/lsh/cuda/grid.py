@@ -5,7 +5,7 @@ from __future__ import annotations
 from slidex.kernels.cuda.environment import simulated
 from slidex.kernels.cuda.launch import WARP, blocks_for
 
-THREADS = WARP if simulated() else 4 * WARP
+THREADS = WARP if simulated() else 8 * WARP
 """Threads a block."""
 MOST_BLOCKS = 2 if simulated() else 1 << 16
 

@@ -29,7 +29,7 @@ from slidex.lsh.reading import OVERFLOWS, mix
 if TYPE_CHECKING:
     from slidex.lsh.tables import TableSettings
 
-_WORKSPACE_BYTES = 1 << 30
+_WORKSPACE_BYTES = 1 << 29
 """The most memory for hash tables of votes; where a query may touch very many classes, fewer rows run side by side."""
 _BIAS = -(1 << 15)
 
