@@ -10,10 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh import hash_index, make_index, voting
+from slidex.lsh import hash_index, make_index
 from slidex.lsh.cuda import dwta, hashing, tables
 from slidex.lsh.cuda import voting as device_voting
-from slidex.lsh.reading import scratch_size
 from slidex.lsh.tables import TableSettings
 from tests.lsh.contract import (
     Contract,
@@ -24,6 +23,7 @@ from tests.lsh.contract import (
     one_thread,  # noqa: F401  (a fixture)
     problem,
 )
+from tests.lsh.votes import votes_of
 
 if TYPE_CHECKING:
     from slidex.lsh import HashIndex
@@ -89,19 +89,6 @@ PARITY = [
 ]
 
 
-def votes_of(index: HashIndex, hidden_ND: torch.Tensor, step: int) -> np.ndarray:
-    """Votes of every class for every row, (N, C), counted by the CPU's kernel."""
-    made, codes_NLV = index.tables, index.family.hash_queries(hidden_ND)
-    buckets = made._buckets()
-    keys_N = voting.query_keys(codes_NLV, made._seed, np.uint64(step))
-    votes_NC = np.zeros((len(hidden_ND), index.num_classes), dtype=np.uint16)
-    scratch = np.empty(scratch_size(buckets), dtype=np.int32)
-    for codes_LV, key, votes in zip(codes_NLV, keys_N, votes_NC, strict=True):
-        lists = (np.empty(index.num_classes + 1, dtype=np.int32) for _ in range(2))
-        voting._vote(buckets, codes_LV, key, scratch, votes, *lists)
-    return votes_NC
-
-
 def assert_equals_the_cpu(variant, dtype: torch.dtype = torch.float32, width: int = 17) -> None:
     """Same codes, buckets, votes and pools; of equal votes a query may take others."""
     generator = torch.Generator().manual_seed(1)
@@ -117,14 +104,13 @@ def assert_equals_the_cpu(variant, dtype: torch.dtype = torch.float32, width: in
         assert torch.equal(ours.state()[name], value), name
     assert np.array_equal(ours._on_device.tables.ids.numpy(), cpu.tables.ids)
     assert np.array_equal(ours._on_device.tables.offsets.numpy(), cpu.tables.offsets)
-    codes_NLV = ours.family.hash_queries_on_device(hidden_ND)
-    assert np.array_equal(codes_NLV.numpy(), cpu.family.hash_queries(hidden_ND))
+    codes_NLV = cpu.family.hash_queries(hidden_ND)
+    assert np.array_equal(ours.family.hash_queries_on_device(hidden_ND).numpy(), codes_NLV)
     for step, k in ((0, 12), (5, 150)):
         assert torch.equal(ours.pool(hidden_ND, k, step=step), cpu.pool(hidden_ND, k, step=step))
         least = variant[1].get("min_votes", 1)
-        for row, votes_C in zip(
-            ours.query(hidden_ND, k, step=step).tolist(), votes_of(cpu, hidden_ND, step), strict=True
-        ):
+        answer, votes_NC = ours.query(hidden_ND, k, step=step).tolist(), votes_of(cpu, codes_NLV, step)
+        for row, votes_C in zip(answer, votes_NC, strict=True):
             found = [c for c in row if c >= 0]
             assert len(set(found)) == len(found)
             best = sorted((v for v in votes_C.tolist() if v >= least), reverse=True)

@@ -21,6 +21,8 @@ from tests.kernels.cuda.running import (
     recorded_launches,
     run_simulated,
 )
+from tests.lsh.compiled_kernels import compiled
+from tests.lsh.votes import votes_of
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
 
@@ -59,7 +61,68 @@ def test_kernels_compile_to_integer_ptx(launches: list[Launch], tmp_path: Path, 
         # A signed and an unsigned integer in one expression would have made a float64 of both.
         assert ".f64" not in ptx, launch
         assert not re.search(r"\b(atom|red)\.\S*\.f(16|32|64)", ptx), launch
-        assembled(ptx, capability, tmp_path)
+        words = assembled(ptx, capability, tmp_path)
+        assert words is None or re.search(r"\b0 bytes spill stores", words), words
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "k", "settings"),
+    [
+        (40_000, 300, {"bits": 8, "tables": 50}),
+        (40_000, 5_000, {"bits": 9, "tables": 50, "max_bucket": 60, "probes": 2}),
+        (40_000, 300, {"bits": 6, "tables": 50, "max_bucket": 100, "overflow": "reservoir", "min_votes": 2}),
+        (40_000, 1, {"bits": 17, "tables": 90, "probes": 3}),
+        (2_000, 3_000, {"bits": 1, "tables": 400, "max_bucket": 700, "overflow": "first"}),
+    ],
+)
+def test_votes_of_compiled_kernels_are_those_of_the_cpu(num_classes: int, k: int, settings) -> None:
+    kernels = compiled("reading", "voting")
+    generator = torch.Generator().manual_seed(0)
+    weight_CD = torch.randn(num_classes, 32, generator=generator) + 0.2
+    index = make_index("simhash", 32, num_classes, seed=7, **settings)
+    index.build(weight_CD)
+    made, codes_NLV = index.tables, index.family.hash_queries(weight_CD[:6])
+    buckets = made._buckets()
+    read = (*buckets[:2], codes_NLV, buckets.limit, buckets.overflow, 7, 5)
+    ranks_NK, ids_NK = np.full((6, k), -1), np.full((6, k), -1, dtype=np.int32)
+    slots_TW2 = np.full((2, 1 << 17, 2), 12_345, dtype=np.int32)
+    kernels.query_tables(*read, made._min_votes, 6, slots_TW2, ranks_NK, ids_NK)
+    for votes_C, ranks_K, ids_K in zip(votes_of(index, codes_NLV, 5), ranks_NK, ids_NK, strict=True):
+        found = ids_K[np.argsort(-ranks_K, kind="stable")]
+        found = found[found >= 0]
+        assert len(np.unique(found)) == len(found)
+        best = np.sort(votes_C[votes_C >= made._min_votes])[::-1]
+        assert np.array_equal(votes_C[found], best[:k])
+    votes_C = np.zeros(num_classes, dtype=np.int32)
+    kernels.pool_votes(*read, votes_C)
+    voted = np.flatnonzero(votes_C >= made._min_votes)
+    assert np.array_equal(voted, made.pool(codes_NLV, num_classes, step=5))
+
+
+@pytest.mark.parametrize(
+    ("width", "zeros", "settings"),
+    [
+        (64, 0.0, {"bits": 9, "tables": 20, "probes": 3}),
+        (33, 0.9, {"bits": 7, "tables": 10, "bin_size": 16, "probes": 2}),
+        (20, 0.97, {"bits": 24, "tables": 5, "bin_size": 2, "probes": 24}),
+        (300, 0.5, {"bits": 10, "tables": 8, "bin_size": 256}),
+    ],
+)
+def test_codes_of_compiled_kernels_are_those_of_the_cpu(width: int, zeros: float, settings) -> None:
+    kernels, generator = compiled("dwta"), torch.Generator().manual_seed(0)
+    family = make_index("dwta", width, 10, seed=3, **settings).family
+    rows_MD = torch.randn(500, width, generator=generator).round(decimals=1)  # with equal entries
+    rows_MD[torch.rand(rows_MD.shape, generator=generator) < zeros] = 0
+    bins_BS, starts_B, strides_B = (array.astype(np.int32) for array in family._functions)
+    rows = (rows_MD.numpy(), np.ones(500, np.float32), np.ascontiguousarray(bins_BS.T))
+    digits_MB, filled_MB, seconds_MB = (np.full((500, len(bins_BS)), 9, dtype=np.uint8) for _ in range(3))
+    leads_MB = np.full(digits_MB.shape, -1, dtype=np.float32)
+    codes_LMV = np.full((family.tables, 500, 1 + family.probes), -1, dtype=np.int32)
+    kernels.find_winners(*rows, digits_MB, filled_MB)
+    kernels.find_runners_up(*rows, digits_MB, seconds_MB, leads_MB)
+    functions = starts_B, strides_B, family._digit_bits, family.bits
+    kernels.pack_codes(digits_MB, filled_MB, seconds_MB, leads_MB, *functions, codes_LMV)
+    assert np.array_equal(codes_LMV.transpose(1, 0, 2), family.hash_queries(rows_MD))
 
 
 def test_scattering_compiled_gives_what_it_gives_uncompiled_and_is_a_bijection() -> None:
