@@ -106,7 +106,7 @@ class HashIndex:
             first_come=budget == "first_come",
             insert=insert,
         )
-        self.tables = BucketTables(num_classes, family.tables, family.bits, self._settings)
+        self.tables = self._empty_tables()
         self._on_device: DeviceHashing | None = None  # in place of the tables where the weights are on a GPU
         self.uses_queries = family.uses_queries or insert > 0
         self._built = False
@@ -291,6 +291,10 @@ class HashIndex:
             from slidex.lsh.cuda.hashing import DeviceHashing  # noqa: PLC0415  (needs numba-cuda)
 
             self._on_device = DeviceHashing(self.num_classes, self.family, self._settings, device)
+            self.tables = self._empty_tables()
+
+    def _empty_tables(self) -> BucketTables:
+        return BucketTables(self.num_classes, self.family.tables, self.family.bits, self._settings)
 
     def _check_device(self, method: str, weight_CD: torch.Tensor) -> None:
         there = self._on_device.device if self._on_device else None

@@ -37,8 +37,9 @@ _BIAS = -(1 << 15)
 class DeviceTables:
     """Classes by code; see `slidex.lsh.tables.BucketTables`.
 
-    Memory: ``4 L (C + 2^K + 1)`` bytes, the codes ``2 L C`` bytes (4 beyond 16 bits); near 30 bytes a class while a
-    table is sorted, 13 and more while a pool is chosen, and at most `_WORKSPACE_BYTES` in a query.
+    Memory: ``4 L (C + 2^K + 1)`` bytes, the codes ``2 L C`` bytes (4 beyond 16 bits). For a time: the ``4 L C`` bytes
+    of the codes given to `build` and near 30 bytes a class as a table is sorted; 13 and more bytes a class as a pool
+    is chosen; at most `_WORKSPACE_BYTES` in a query.
 
     Args:
         num_classes: C.
