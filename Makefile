@@ -4,8 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo-output
+# Of an environment with CUDA: a torch built for it, slidex[cuda] and pytest. What .venv has is for CPUs.
+GPU_PYTHON ?= python3
 
-.PHONY: demo test lint format bench bench-details clean help
+.PHONY: demo test lint format bench bench-details gpu-check clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -39,6 +41,9 @@ bench-details: $(STAMP)  ## the other tables of docs/performance.md: indexes, sc
 	$(BIN)/python -m benchmarks.time_to_accuracy --part indexes
 	$(BIN)/python -m benchmarks.time_to_accuracy --part schedules
 	$(BIN)/python -m benchmarks.stages
+
+gpu-check:  ## the CUDA kernels on a GPU; GPU_PYTHON=... names a Python with slidex[cuda] and pytest
+	$(GPU_PYTHON) -m tests.kernels.cuda.check
 
 clean:
 	rm -rf $(VENV) $(DEMO) build dist .pytest_cache .ruff_cache

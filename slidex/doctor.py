@@ -25,6 +25,7 @@ import torch
 
 import slidex
 from slidex.errors import ConfigError
+from slidex.kernels.cuda import environment
 from slidex.kernels.optimizer import state_size
 from slidex.lsh import index_names
 
@@ -253,8 +254,10 @@ def report(
             "numba": _probe(numba.get_num_threads),
             "numba_layer": _probe(_threading_layer),
         },
-        "gpu": _probe(_gpus),
+        "gpu": _probe(environment.gpus),
+        "cuda_driver": _probe(environment.driver),
         "numba_cuda": _probe(lambda: _installed("numba-cuda", "numba-cuda-mlir")),
+        "cuda_kernels": _probe(environment.readiness),
         "faiss": _probe(_faiss),
         "indexes": ", ".join(index_names()),
     }
@@ -309,7 +312,9 @@ def _plan_lines(chosen: dict[str, Any]) -> list[str]:
 
 def _shown(key: str, value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(f"{gpu['name']} ({_size(gpu['memory_bytes'])})" for gpu in value)
+        return ", ".join(
+            f"{gpu['name']} ({_size(gpu['memory_bytes'])}, {_size(gpu['free_bytes'])} free)" for gpu in value
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _size(value) if key.endswith("_bytes") and isinstance(value, int) else str(value)
@@ -390,10 +395,3 @@ def _threading_layer() -> str:
     """Numba picks its layer when the first parallel kernel runs, so run one."""
     _fill(np.empty(64, dtype=np.int64))
     return numba.threading_layer()
-
-
-def _gpus() -> str | list[dict[str, Any]]:
-    if not torch.cuda.is_available():
-        return "none" if torch.version.cuda else "none (this torch is built without CUDA)"
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [{"name": device.name, "memory_bytes": device.total_memory} for device in devices]

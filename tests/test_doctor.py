@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from slidex import doctor
 from slidex.doctor import MODES, NEAR_TIE, format_report, has_native_bf16, plan, report
-from slidex.errors import ConfigError
+from slidex.errors import ConfigError, DeviceError
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,28 @@ def test_gpus_are_listed_with_their_memory(monkeypatch):
     monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(doctor.torch.cuda, "get_device_properties", lambda _: Device)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_name", lambda _: Device.name)
+    monkeypatch.setattr(doctor.torch.cuda, "mem_get_info", lambda _: (15 * 2**30, 16 * 2**30))
     result = report()
-    assert result["gpu"] == [{"name": "Test GPU", "memory_bytes": 16 * 2**30}]
-    assert "Test GPU (16.0 GiB)" in format_report(result)
+    assert result["gpu"] == [{"name": "Test GPU", "memory_bytes": 16 * 2**30, "free_bytes": 15 * 2**30}]
+    assert "Test GPU (16.0 GiB, 15.0 GiB free)" in format_report(result)
+
+
+def test_the_report_says_whether_cuda_kernels_can_run(monkeypatch):
+    monkeypatch.setattr(doctor.environment, "driver_version", lambda: (13, 0))
+    monkeypatch.setattr(doctor.environment, "require_device", lambda: None)
+    monkeypatch.setattr(doctor.environment, "simulated", lambda: False)
+    result = report()
+    assert (result["cuda_driver"], result["cuda_kernels"]) == ("for CUDA 13.0", "yes")
+
+    def refuse():
+        raise DeviceError("No NVIDIA driver was found. Install one.")
+
+    monkeypatch.setattr(doctor.environment, "driver_version", lambda: None)
+    monkeypatch.setattr(doctor.environment, "require_device", refuse)
+    result = report()
+    assert result["cuda_driver"] == "none"
+    assert "cuda kernels            no: No NVIDIA driver was found. Install one." in format_report(result)
 
 
 def test_a_report_is_quick():

@@ -280,7 +280,7 @@ def test_kernels_are_found_by_device() -> None:
     assert kernels.get("cpu") is cpu
     assert kernels.get(torch.device("cpu")) is cpu
     assert kernels.get("reference") is reference
-    with pytest.raises(ConfigError, match=r"'cpu' or 'reference'\. Got 'meta'"):
+    with pytest.raises(ConfigError, match=r"'cpu', 'cuda' or 'reference'\. Got 'meta'"):
         kernels.get(torch.device("meta"))
     for name in KERNELS:
         assert callable(getattr(cpu, name))

@@ -12,13 +12,13 @@ import os
 import re
 import sys
 
+import numpy as np
 import torch
 
-from slidex.errors import DeviceError, MissingExtraError
+from slidex.errors import DeviceError, MissingExtraError, SlidexError
 
 OLDEST_NUMBA_CUDA = (0, 30)
 OLDEST_CAPABILITY = (7, 5)  # what CUDA 13 still compiles for
-_ROW_STACK_GONE = (2, 5)  # numpy that lacks row_stack, which numba-cuda up to 0.30 calls
 
 
 def simulated() -> bool:
@@ -49,10 +49,9 @@ def require_numba_cuda() -> None:
             f"The CUDA kernels need numba-cuda {_dotted(OLDEST_NUMBA_CUDA)} or newer. Found {installed}. "
             "Update it with: pip install --upgrade 'slidex[cuda]'"
         )
-    numpy = importlib.metadata.version("numpy")
-    if _numbers(numpy) >= _ROW_STACK_GONE and _numbers(installed) < (0, 31):
+    if not hasattr(np, "row_stack"):  # numba-cuda up to 0.30 calls it, numpy from 2.5 on lacks it
         raise MissingExtraError(
-            f"numba-cuda {installed} needs a numpy older than {_dotted(_ROW_STACK_GONE)}. Found {numpy}. "
+            f"numba-cuda {installed} needs a numpy older than 2.5. Found {np.__version__}. "
             "Change it with: pip install 'numpy<2.5'"
         )
 
@@ -70,7 +69,7 @@ def require_device(device: torch.device | str = "cuda") -> None:
     require_numba_cuda()
     if simulated():
         return
-    built_for = torch.version.cuda
+    built_for = _built_for()
     if built_for is None:
         raise DeviceError(
             f"This torch ({torch.__version__}) is built without CUDA. Install a CUDA build of torch: "
@@ -140,6 +139,39 @@ def driver_version() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return (version.value // 1000, version.value % 1000 // 10) if status == 0 else None
+
+
+def gpus() -> str | list[dict[str, str | int]]:
+    """Name, memory and free memory of each GPU, in bytes, or why there is none."""
+    if not torch.cuda.is_available():
+        return "none" if _built_for() else "none (this torch is built without CUDA)"
+    return [
+        {
+            "name": torch.cuda.get_device_name(index),
+            "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            "free_bytes": torch.cuda.mem_get_info(index)[0],
+        }
+        for index in range(torch.cuda.device_count())
+    ]
+
+
+def driver() -> str:
+    """What the NVIDIA driver supports, in words."""
+    version = driver_version()
+    return "none" if version is None else f"for CUDA {_dotted(version)}"
+
+
+def readiness() -> str:
+    """Whether kernels can run on a GPU here, or what to do for it."""
+    try:
+        require_device()
+    except SlidexError as error:
+        return f"no: {error}"
+    return "in the simulator" if simulated() else "yes"
+
+
+def _built_for() -> str | None:
+    return torch.version.cuda
 
 
 def _driver_library() -> str:

@@ -1,0 +1,148 @@
+"""CUDA kernels on a GPU: the parity suite at full size, and what only a GPU can show.
+
+pytest does not collect this file by itself: `make gpu-check` runs it, and there must be a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slidex import kernels
+from slidex.kernels import OPTIMIZERS, RowState, reference
+from tests.kernels.cases import (
+    KERNELS,
+    SETTINGS,
+    SHAPES,
+    UPDATES,
+    Problem,
+    Shape,
+    assert_as_exact_as_torch,
+    cast,
+    moved,
+    outcome,
+)
+
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [(name, "adam") for name in KERNELS] + [
+    (name, optimizer) for name in UPDATES for optimizer in OPTIMIZERS if optimizer != "adam"
+]
+WIDTHS = {f"width-{width}": Shape(width=width) for width in (16, 100, 256, 1000, 1024)}
+REPEATS = 250
+
+
+@pytest.fixture(scope="module")
+def module() -> object:
+    return kernels.get(DEVICE)
+
+
+def on_device(name: str, shape: Shape, dtype: torch.dtype) -> list[object]:
+    arguments = Problem(shape).arguments(name, dtype)
+    arguments = [cast(a, torch.float32) if isinstance(a, RowState) else a for a in arguments]
+    return [moved(argument, DEVICE) for argument in arguments]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", (SHAPES | WIDTHS).values(), ids=(SHAPES | WIDTHS).keys())
+@pytest.mark.parametrize(("name", "optimizer"), CASES)
+def test_kernel_is_as_exact_as_torch(
+    module: object, name: str, optimizer: str, shape: Shape, dtype: torch.dtype
+) -> None:
+    if dtype == torch.float16 and shape.scale > 100:
+        pytest.skip("scores beyond what float16 can hold")
+    shape = replace(shape, optimizer=optimizer)
+    assert_as_exact_as_torch(
+        getattr(module, name), getattr(reference, name), name, shape, dtype, device=DEVICE
+    )
+
+
+@pytest.mark.parametrize(("name", "optimizer"), CASES)
+def test_same_bits_in_every_run(module: object, name: str, optimizer: str) -> None:
+    arguments = on_device(name, replace(SHAPES["many-ids"], optimizer=optimizer), torch.float32)
+    first = outcome(getattr(module, name), arguments)
+    for _ in range(REPEATS):
+        for got, want in zip(outcome(getattr(module, name), arguments), first, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_step_never_waits_for_the_device(module: object, name: str) -> None:
+    arguments = on_device(name, Shape(), torch.float32)
+    getattr(module, name)(*arguments)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(module, name)(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_work_is_done_on_the_current_stream(module: object, name: str) -> None:
+    """A long product before and a read after the call, on a stream of its own: out of order, one of them shows it."""
+    arguments = on_device(name, Shape(), torch.float32)
+    want = outcome(getattr(module, name), arguments)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        zeros = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        busy = torch.ones(4096, 4096, device=DEVICE)
+        for _ in range(20):
+            busy = busy @ busy * 1e-4
+        for empty, full in zip(zeros, arguments, strict=True):
+            if isinstance(full, torch.Tensor):
+                empty.copy_(full)
+        got = outcome(getattr(module, name), zeros)
+    torch.cuda.current_stream().wait_stream(stream)
+    for here, there in zip(got, want, strict=True):
+        assert torch.equal(here, there)
+
+
+def test_offsets_beyond_two_to_the_31(module: object) -> None:
+    """The last rows of a weight of 2^31 + 2^20 numbers, in 16 bits: 4.3 GB, and Adagrad's one number a row."""
+    width = 1024
+    classes = 2**21 + 2**10
+    weight = torch.zeros(classes, width, dtype=torch.bfloat16, device=DEVICE)
+    last = torch.arange(classes - 8, classes, device=DEVICE)
+    small = torch.randn(8, width, device=DEVICE).bfloat16()
+    weight[last] = small
+    hidden = torch.randn(4, width, device=DEVICE)
+    active, there = last.expand(4, 8).contiguous(), torch.arange(8, device=DEVICE).expand(4, 8).contiguous()
+    torch.testing.assert_close(
+        module.pair_logits(hidden, weight, None, active), module.pair_logits(hidden, small, None, there)
+    )
+    grad = torch.randn(4, 8, device=DEVICE)
+    torch.testing.assert_close(
+        module.pair_hidden_grad(grad, weight, active), module.pair_hidden_grad(grad, small, there)
+    )
+    state = RowState.zeros_like(weight[:, :1], "rowwise_adagrad").to(torch.float32)
+    state = RowState(state.moment1.new_zeros(0, width), state.moment2)
+    small_state = RowState(state.moment1, state.moment2[:8].clone())
+    module.pair_update(grad, hidden, active, weight, None, state, None, SETTINGS)
+    module.pair_update(grad, hidden, there, small, None, small_state, None, SETTINGS)
+    assert torch.equal(weight[last], small)
+    assert not weight[: classes - 8].any()
+
+
+def test_shared_mode_learns_as_torch_does(module: object) -> None:
+    """Gather, product, loss, products, update: one step of the pool against autograd and the reference's update."""
+    torch.manual_seed(0)
+    classes, width, rows, pool = 5000, 64, 32, 500
+    weight, hidden = torch.randn(classes, width, device=DEVICE), torch.randn(rows, width, device=DEVICE)
+    ids = torch.randperm(classes, device=DEVICE)[:pool]
+    indptr, positions = torch.arange(rows + 1, device=DEVICE), torch.randint(pool, (rows,), device=DEVICE)
+    mine, theirs = weight.clone(), weight.clone()
+    block, _ = module.gather_rows(mine, None, ids)
+    scores = hidden @ block.T
+    loss = module.shared_softmax_loss(scores, indptr, positions, torch.ones(rows, device=DEVICE), None)
+    exact = torch.nn.functional.cross_entropy(hidden @ theirs[ids].T, positions, reduction="none")
+    torch.testing.assert_close(loss, exact)
+    state, other = RowState.zeros_like(mine), RowState.zeros_like(theirs)
+    grad = scores.T @ hidden
+    module.rows_update(ids, grad, None, mine, None, state, None, SETTINGS)
+    reference.rows_update(ids, grad, None, theirs, None, other, None, SETTINGS)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(state.moment2, other.moment2)
