@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh import hash_index, make_index
+from slidex.lsh import hash_index
 from slidex.lsh.cuda import dwta, hashing, tables
 from slidex.lsh.cuda import voting as device_voting
 from slidex.lsh.tables import TableSettings
@@ -23,27 +21,7 @@ from tests.lsh.contract import (
     one_thread,  # noqa: F401  (a fixture)
     problem,
 )
-from tests.lsh.votes import votes_of
-
-if TYPE_CHECKING:
-    from slidex.lsh import HashIndex
-
-VARIANTS = [
-    ("simhash", {"bits": 4, "tables": 6}),
-    ("simhash", {"bits": 3, "tables": 4, "probes": 1, "min_votes": 2, "max_bucket": 20}),
-    (
-        "simhash",
-        {
-            "bits": 3,
-            "tables": 4,
-            "max_bucket": 9,
-            "overflow": "reservoir",
-            "center": True,
-            "norm_augmentation": True,
-        },
-    ),
-    ("dwta", {"bits": 4, "tables": 6, "bin_size": 4}),
-]
+from tests.lsh.parity import PARITY, VARIANTS, assert_equal, made, random_problem
 
 
 class _Switch:
@@ -77,51 +55,12 @@ def test_another_seed_is_another_index(variant) -> None:
     assert not torch.equal(*answers)
 
 
-PARITY = [
-    ("simhash", {"bits": 3, "tables": 5, "probes": 2}),
-    ("simhash", {"bits": 16, "tables": 3, "probes": 1, "projection": "sparse"}),
-    ("simhash", {"bits": 17, "tables": 3, "norm_augmentation": True}),
-    ("simhash", {"bits": 2, "tables": 4, "max_bucket": 7, "center": True}),
-    ("simhash", {"bits": 2, "tables": 4, "max_bucket": 7, "overflow": "reservoir", "min_votes": 2}),
-    ("simhash", {"bits": 2, "tables": 4, "max_bucket": 7, "overflow": "first", "probes": 1}),
-    ("dwta", {"bits": 5, "tables": 4, "bin_size": 4, "probes": 3}),
-    ("dwta", {"bits": 7, "tables": 4, "bin_size": 8, "max_bucket": 5}),
-]
-
-
 def assert_equals_the_cpu(variant, dtype: torch.dtype = torch.float32, width: int = 17) -> None:
-    """Same codes, buckets, votes and pools; of equal votes a query may take others."""
-    generator = torch.Generator().manual_seed(1)
-    weight_CD = (torch.randn(150, width, generator=generator) + 0.5).to(dtype)
-    weight_CD[3], weight_CD[4, 2:] = 0, 0  # nothing to scale by; empty bins
-    bias_C = torch.randn(150, generator=generator).to(dtype)
-    hidden_ND = torch.randn(4, width, generator=generator).clamp(min=0).to(dtype)
+    weight_CD, bias_C, hidden_ND = random_problem(150, 4, width, dtype)
     _Switch.on = False
     cpu = made(variant, weight_CD, bias_C)
     _Switch.on = True
-    ours = made(variant, weight_CD, bias_C)
-    for name, value in cpu.state().items():
-        assert torch.equal(ours.state()[name], value), name
-    assert np.array_equal(ours._on_device.tables.ids.numpy(), cpu.tables.ids)
-    assert np.array_equal(ours._on_device.tables.offsets.numpy(), cpu.tables.offsets)
-    codes_NLV = cpu.family.hash_queries(hidden_ND)
-    assert np.array_equal(ours.family.hash_queries_on_device(hidden_ND).numpy(), codes_NLV)
-    for step, k in ((0, 12), (5, 150)):
-        assert torch.equal(ours.pool(hidden_ND, k, step=step), cpu.pool(hidden_ND, k, step=step))
-        least = variant[1].get("min_votes", 1)
-        answer, votes_NC = ours.query(hidden_ND, k, step=step).tolist(), votes_of(cpu, codes_NLV, step)
-        for row, votes_C in zip(answer, votes_NC, strict=True):
-            found = [c for c in row if c >= 0]
-            assert len(set(found)) == len(found)
-            best = sorted((v for v in votes_C.tolist() if v >= least), reverse=True)
-            assert votes_C[found].tolist() == best[:k]
-
-
-def made(variant, weight_CD: torch.Tensor, bias_C: torch.Tensor) -> HashIndex:
-    name, settings = variant
-    index = make_index(name, weight_CD.shape[1], len(weight_CD), seed=5, **settings)
-    index.build(weight_CD, bias_C)
-    return index
+    assert_equal(made(variant, weight_CD, bias_C), cpu, hidden_ND)
 
 
 @pytest.mark.parametrize("variant", PARITY)

@@ -22,7 +22,7 @@ from tests.kernels.cuda.running import (
     run_simulated,
 )
 from tests.lsh.compiled_kernels import compiled
-from tests.lsh.votes import votes_of
+from tests.lsh.parity import votes_of
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
 
@@ -60,6 +60,11 @@ def test_kernels_compile_to_integer_ptx(launches: list[Launch], tmp_path: Path, 
         assert ".extern" not in ptx
         # A signed and an unsigned integer in one expression would have made a float64 of both.
         assert ".f64" not in ptx, launch
+        assert not re.search(r"call\.uni|\.local", ptx), "a call or an array in slow memory"
+        offsets = re.sub(
+            r"div\.u32 .*\n\s*mul\.lo\.s32 .*", "", ptx
+        )  # remainders of numbers found to be small
+        assert not re.search(r"m(ul|ad)\.lo\.[su]32", offsets), "an offset of 32 bits"
         assert not re.search(r"\b(atom|red)\.\S*\.f(16|32|64)", ptx), launch
         words = assembled(ptx, capability, tmp_path)
         assert words is None or re.search(r"\b0 bytes spill stores", words), words
