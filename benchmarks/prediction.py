@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.datasets import CACHE, SHARED, load
 from benchmarks.report import machine, print_row, write_results
-from slidex.lsh.hash_index import automatic_bits
+from slidex.lsh.family import automatic_bits
 from slidex.threads import set_threads
 from slidex.train.config import TrainConfig
 from slidex.train.held_out import held_out, training_queries

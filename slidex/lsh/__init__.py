@@ -4,7 +4,8 @@ import slidex.lsh.faiss_factories  # noqa: F401  (registers its indexes)
 from slidex.lsh.dwta import Dwta
 from slidex.lsh.exact import ExactIndex, exact_topk, exact_topk_and_total, recall_at_k
 from slidex.lsh.faiss_index import FaissIndex
-from slidex.lsh.hash_index import HashFamily, HashIndex, register_hash_family
+from slidex.lsh.family import DeviceHashFamily, HashFamily
+from slidex.lsh.hash_index import HashIndex, register_hash_family
 from slidex.lsh.index import (
     CandidateIndex,
     IndexStats,
@@ -27,6 +28,7 @@ from slidex.lsh.simhash import SimHash
 __all__ = [
     "CandidateIndex",
     "ClassSampler",
+    "DeviceHashFamily",
     "DriftSchedule",
     "Dwta",
     "ExactIndex",

@@ -29,18 +29,21 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.hash_index import MAX_BITS, code_dtype, register_hash_family, row_not_hashable
+from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable
+from slidex.lsh.hash_index import register_hash_family
 from slidex.lsh.index import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from slidex.lsh.cuda.dwta import DeviceBins
     from slidex.lsh.index import QuerySample
 
 _MAX_BIN_SIZE = 256
 _BLOCK_ROWS = 32
 """Rows hashed side by side in the vector unit; few, so that a batch of queries is work for several threads."""
 _CHUNK_VALUES = 1 << 22
+_DEVICE_CHUNK_BINS = 1 << 26
 _BIN_STREAM = 0xD37A
 
 
@@ -62,6 +65,7 @@ class Dwta:
 
     uses_queries = False
     query_version = 0
+    runs_on_cuda = True
 
     def __init__(
         self,
@@ -84,6 +88,7 @@ class Dwta:
         bins_BS = _draw_bins(generator, bins, in_features + 1, bin_size)
         self._functions = (bins_BS, *_draw_walks(generator, bins))
         self._width = in_features + 1
+        self._device_bins: DeviceBins | None = None
 
     @property
     def bytes(self) -> int:
@@ -145,6 +150,38 @@ class Dwta:
         if bad >= 0:
             raise DivergedError(f"Row {bad} of the hidden vectors holds a value that is not finite.")
         return codes_NLV
+
+    def hash_rows_on_device(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `hash_rows` gives, computed where the weights are: int32 (L, C), or (L, M)."""
+        count = len(weight_CD) if ids is None else len(ids)
+        codes_LC = torch.empty((self.tables, count), dtype=torch.int32, device=weight_CD.device)
+        step = max(1, _DEVICE_CHUNK_BINS // len(self._functions[0]))
+        for first in range(0, count, step):
+            rows = slice(first, first + step) if ids is None else ids[first : first + step]
+            weight_MD = weight_CD[rows].detach().float().contiguous()
+            bias_M = weight_MD.new_zeros(len(weight_MD)) if bias_C is None else bias_C[rows].detach().float()
+            bad_M = ~(torch.isfinite(weight_MD).all(dim=1) & torch.isfinite(bias_M))
+            if bool(bad_M.any()):
+                raise row_not_hashable(first + int(bad_M.nonzero()[0]), ids)
+            codes_LMV = self._bins_on(weight_CD.device).hash(weight_MD, bias_M.contiguous(), 1)
+            codes_LC[:, first : first + len(weight_MD)] = codes_LMV[:, :, 0]
+        return codes_LC
+
+    def hash_queries_on_device(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """What `hash_queries` gives for finite rows, computed where these are and without waiting for it."""
+        hidden_ND = hidden_ND.detach().float().contiguous()
+        one_N = hidden_ND.new_ones(len(hidden_ND))
+        codes_LNV = self._bins_on(hidden_ND.device).hash(hidden_ND, one_N, 1 + self.probes)
+        return codes_LNV.transpose(0, 1).contiguous()
+
+    def _bins_on(self, device: torch.device) -> DeviceBins:
+        from slidex.lsh.cuda.dwta import DeviceBins  # noqa: PLC0415  (needs numba-cuda)
+
+        if self._device_bins is None or self._device_bins.device != device:
+            self._device_bins = DeviceBins(self._functions, self._digit_bits, self.bits, self.tables, device)
+        return self._device_bins
 
 
 def _digit_bits(bin_size: int, in_features: int) -> int:

@@ -25,6 +25,7 @@ from slidex.lsh.index import (
     check_integer,
     check_queries,
     check_weights,
+    is_cuda,
 )
 from slidex.lsh.voting import mix_ids
 
@@ -85,6 +86,7 @@ class FaissIndex:
         started = time.perf_counter()
         check_weights("FaissIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
         check_queries("FaissIndex.build", queries, self.num_classes, self.in_features)
+        self._check_device(weight_CD.device)
         self._store.build(weight_CD, bias_C)
         self._see(weight_CD, bias_C)
         self._builds += 1
@@ -180,8 +182,16 @@ class FaissIndex:
         FAISS reads the bytes: take them only from where you would take a program.
         """
         check_weights("FaissIndex.load_state", weight_CD, bias_C, self.num_classes, self.in_features)
+        self._check_device(weight_CD.device)
         self._store.load_state(state)
         self._see(weight_CD, bias_C)
+
+    def _check_device(self, device: torch.device) -> None:
+        if is_cuda(device) and self._store.device == "cpu":
+            raise ConfigError(
+                f"The 'device' parameter of a FAISS index must be 'cuda' for weights on {device}. Got 'cpu' instead. "
+                "Use 'cuda' with a build of FAISS for GPUs, the index 'simhash' or 'dwta', or weights on the CPU."
+            )
 
     def _see(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         if self._k_factor > 1:

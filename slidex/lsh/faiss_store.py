@@ -88,7 +88,7 @@ class FaissStore:
         self._factory, self._seed = factory, seed
         self._nprobe, self._ef_construction, self._ef_search = nprobe, ef_construction, ef_search
         self._train_rows, self._retrain_share = train_rows, retrain_share
-        self._device = device
+        self.device = device
         check_device(self._faiss, device)
         self.ready = False
         self.trainings = self.rows_written = 0
@@ -133,7 +133,7 @@ class FaissStore:
         """The nearest classes of each row: int64 (N, min(k, C)), best first, -1 where there are no more."""
         queries = self._encoder.queries(hidden_ND)
         k = min(k, self._num_classes)
-        if self._device == "cuda":
+        if self.device == "cuda":
             check_integer("k", "a FAISS index on a GPU", k, 1, _MOST_GPU_CANDIDATES)
         if len(queries) == 0:
             return np.empty((0, k), dtype=np.int64)
@@ -343,7 +343,7 @@ class FaissStore:
 
     def _to_device(self) -> None:
         """Copy the index to the GPU, whole: FAISS's GPU indexes cannot change single rows."""
-        if self._device != "cuda":
+        if self.device != "cuda":
             return
         faiss = self._faiss
         copy = faiss.index_binary_cpu_to_gpu if self._encoder.binary else faiss.index_cpu_to_gpu

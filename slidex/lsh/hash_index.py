@@ -7,14 +7,14 @@ hidden width, K hash bits, L tables, V codes looked up per table.
 
 from __future__ import annotations
 
-import math
 import time
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
-from slidex.errors import ConfigError, DivergedError
+from slidex.errors import ConfigError
+from slidex.lsh.family import automatic_bits, code_dtype
 from slidex.lsh.index import (
     IndexStats,
     QuerySample,
@@ -23,70 +23,21 @@ from slidex.lsh.index import (
     check_integer,
     check_queries,
     check_weights,
+    is_cuda,
     keyword_settings,
     register_index,
 )
 from slidex.lsh.reading import OVERFLOWS
-from slidex.lsh.tables import BucketTables
+from slidex.lsh.tables import BucketTables, TableSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-MAX_BITS = 24
-"""The largest K: a table then has 2^24 buckets, 64 MiB of offsets."""
+    from slidex.lsh.cuda.hashing import DeviceHashing
+    from slidex.lsh.family import HashFamily
+
 BUDGETS = ("votes", "first_come")
 _MOST_INSERTED = 65_536
-TARGET_BUCKET_LOAD = 256
-"""Classes per bucket that `automatic_bits` aims at."""
-
-
-class HashFamily(Protocol):
-    """What `HashIndex` asks of a family of hash functions; see `SimHash` for shapes and meaning.
-
-    Attributes:
-        bits: K; every code lies in ``[0, 2^K)``.
-        tables: L.
-        probes: V - 1.
-        uses_queries: Whether `fit` makes use of its queries.
-        query_version: A counter that grows whenever `fit` changes what `hash_queries` gives. What was learned
-            about where queries land holds only as long as it stays the same.
-    """
-
-    bits: int
-    tables: int
-    probes: int
-    uses_queries: bool
-    query_version: int
-
-    @property
-    def bytes(self) -> int: ...  # noqa: D102
-    def fit(  # noqa: D102
-        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, queries: QuerySample | None
-    ) -> None: ...
-    def parameters(self) -> dict[str, torch.Tensor]: ...  # noqa: D102
-    def load_parameters(self, parameters: Mapping[str, torch.Tensor]) -> None: ...  # noqa: D102
-    def hash_rows(  # noqa: D102
-        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
-    ) -> np.ndarray: ...
-    def hash_queries(self, hidden_ND: torch.Tensor) -> np.ndarray: ...  # noqa: D102
-
-
-def code_dtype(bits: int) -> np.dtype:
-    """Type of stored codes of `bits` bits: uint16 up to 16, which halves their memory, int32 beyond."""
-    return np.dtype(np.uint16 if bits <= 16 else np.int32)
-
-
-def row_not_hashable(row: int, ids: torch.Tensor | None) -> DivergedError:
-    """The error for a class row that is not finite: row `row` of all, or of those that `ids` name."""
-    name = row if ids is None else int(ids[row])
-    return DivergedError(
-        f"The weight row or bias of class {name} holds a value that is not finite; it cannot be hashed."
-    )
-
-
-def automatic_bits(num_classes: int) -> int:
-    """K for a mean bucket load near `TARGET_BUCKET_LOAD`: ``round(log2(C / load))``, 1 to 24."""
-    return min(MAX_BITS, max(1, round(math.log2(max(1.0, num_classes / TARGET_BUCKET_LOAD)))))
 
 
 class HashIndex:
@@ -147,10 +98,7 @@ class HashIndex:
         self.in_features = in_features
         self.num_classes = num_classes
         self.family = family
-        self.tables = BucketTables(
-            num_classes,
-            family.tables,
-            family.bits,
+        self._settings = TableSettings(
             seed=seed,
             min_votes=min_votes,
             max_bucket=max_bucket,
@@ -158,6 +106,8 @@ class HashIndex:
             first_come=budget == "first_come",
             insert=insert,
         )
+        self.tables = self._empty_tables()
+        self._on_device: DeviceHashing | None = None  # in place of the tables where the weights are on a GPU
         self.uses_queries = family.uses_queries or insert > 0
         self._built = False
         self._builds = self._updates = self._rows_rehashed = 0
@@ -175,11 +125,15 @@ class HashIndex:
         check_weights("HashIndex.build", weight_CD, bias_C, self.num_classes, self.in_features)
         check_queries("HashIndex.build", queries, self.num_classes, self.in_features)
         self._built = False  # a build that fails leaves nothing to be queried
+        self._go_to(weight_CD.device)
         version = self.family.query_version
         self.family.fit(weight_CD, bias_C, queries)
         self._insert(queries, forget=self.family.query_version != version)
-        codes_LC = self.family.hash_rows(weight_CD, bias_C)
-        self.tables.build(codes_LC.astype(code_dtype(self.family.bits), copy=False))
+        if self._on_device:
+            self._on_device.build(weight_CD, bias_C)
+        else:
+            codes_LC = self.family.hash_rows(weight_CD, bias_C)
+            self.tables.build(codes_LC.astype(code_dtype(self.family.bits), copy=False))
         self._built = True
         self._builds += 1
         self._build_seconds = time.perf_counter() - started
@@ -194,8 +148,12 @@ class HashIndex:
         started = time.perf_counter()
         check_weights("HashIndex.update", weight_CD, bias_C, self.num_classes, self.in_features)
         check_class_ids("changed_ids", "HashIndex.update", changed_ids, self.num_classes)
+        self._check_device("update", weight_CD)
         ids = torch.unique(changed_ids)
-        self.tables.update(ids.cpu().numpy(), self.family.hash_rows(weight_CD, bias_C, ids))
+        if self._on_device:
+            self._on_device.update(weight_CD, bias_C, ids)
+        else:
+            self.tables.update(ids.cpu().numpy(), self.family.hash_rows(weight_CD, bias_C, ids))
         self._updates += 1
         self._rows_rehashed = len(ids)
         self._update_seconds = time.perf_counter() - started
@@ -209,6 +167,8 @@ class HashIndex:
         check_hidden("HashIndex.query", hidden_ND, self.in_features)
         check_integer("k", "HashIndex.query", k, 1)
         check_integer("step", "HashIndex.query", step, 0)
+        if self._on_device:
+            return self._on_device.query(hidden_ND, k, step=step)
         codes_NLV = self.family.hash_queries(hidden_ND)
         ids_NK = self.tables.query(codes_NLV, k, step=step)
         return torch.from_numpy(ids_NK).to(hidden_ND.device)
@@ -219,6 +179,8 @@ class HashIndex:
         check_hidden("HashIndex.pool", hidden_ND, self.in_features)
         check_integer("budget", "HashIndex.pool", budget, 1)
         check_integer("step", "HashIndex.pool", step, 0)
+        if self._on_device:
+            return self._on_device.pool(hidden_ND, budget, step=step)
         codes_NLV = self.family.hash_queries(hidden_ND)
         ids = self.tables.pool(codes_NLV, budget, step=step)
         return torch.from_numpy(ids).to(hidden_ND.device)
@@ -228,14 +190,19 @@ class HashIndex:
         self._require_built("drift")
         check_weights("HashIndex.drift", weight_CD, bias_C, self.num_classes, self.in_features)
         check_class_ids("sample_ids", "HashIndex.drift", sample_ids, self.num_classes)
+        self._check_device("drift", weight_CD)
         if len(sample_ids) == 0:
             return 0.0
+        if self._on_device:
+            return self._on_device.drift(weight_CD, bias_C, sample_ids)
         codes_LM = self.family.hash_rows(weight_CD, bias_C, sample_ids)
         return float(np.mean(codes_LM != self.tables.codes[:, sample_ids.cpu().numpy()]))
 
     def stats(self) -> IndexStats:
         """See `CandidateIndex.stats`."""
-        loads = np.diff(self.tables.offsets, axis=1)
+        tables = self._on_device.tables if self._on_device else self.tables
+        offsets = self._on_device.tables.offsets.cpu().numpy() if self._on_device else self.tables.offsets
+        loads = np.diff(offsets, axis=1)
         return IndexStats(
             built=self._built,
             rows=self.num_classes if self._built else 0,
@@ -246,7 +213,7 @@ class HashIndex:
             last_build_seconds=self._build_seconds,
             last_update_seconds=self._update_seconds,
             rows_rehashed=self._rows_rehashed,
-            bytes=self.tables.bytes + self.family.bytes,
+            bytes=tables.bytes + self.family.bytes,
             builds=self._builds,
             updates=self._updates,
         )
@@ -257,6 +224,8 @@ class HashIndex:
         See `CandidateIndex.state`. The shapes of what was inserted vary with what it is.
         """
         self._require_built("state")
+        if self._on_device:
+            return {"codes": self._on_device.tables.codes, **self.family.parameters()}
         inserted = {name: torch.from_numpy(value) for name, value in self.tables.inserted.state().items()}
         return {"codes": torch.from_numpy(self.tables.codes), **inserted, **self.family.parameters()}
 
@@ -291,7 +260,11 @@ class HashIndex:
             {name: value.cpu().numpy() for name, value in state.items()}, self.num_classes
         )
         self.family.load_parameters(state)
-        self.tables.build(codes_LC)
+        self._go_to(weight_CD.device)
+        if self._on_device:
+            self._on_device.load(codes_LC)
+        else:
+            self.tables.build(codes_LC)
         self._built = True
 
     def _insert(self, queries: QuerySample | None, *, forget: bool) -> None:
@@ -307,6 +280,29 @@ class HashIndex:
     def _require_built(self, method: str) -> None:
         if not self._built:
             raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
+        if self._on_device:
+            self._on_device.raise_late(wait=method != "query")
+
+    def _go_to(self, device: torch.device) -> None:
+        """Keep hash functions and tables where the weights are from now on."""
+        if not is_cuda(device):
+            self._on_device = None
+        elif self._on_device is None or self._on_device.device != device:
+            from slidex.lsh.cuda.hashing import DeviceHashing  # noqa: PLC0415  (needs numba-cuda)
+
+            self._on_device = DeviceHashing(self.num_classes, self.family, self._settings, device)
+            self.tables = self._empty_tables()
+
+    def _empty_tables(self) -> BucketTables:
+        return BucketTables(self.num_classes, self.family.tables, self.family.bits, self._settings)
+
+    def _check_device(self, method: str, weight_CD: torch.Tensor) -> None:
+        there = self._on_device.device if self._on_device else None
+        if (weight_CD.device if is_cuda(weight_CD.device) else None) != there:
+            raise ConfigError(
+                f"The 'weight_CD' parameter of HashIndex.{method} must be on the device the index was built for, "
+                f"{there or 'cpu'}. Got weights on {weight_CD.device} instead; build the index again."
+            )
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -233,6 +233,11 @@ def make_index(
     return _FACTORIES[name](in_features, num_classes, seed=seed, **settings)
 
 
+def is_cuda(device: torch.device) -> bool:
+    """Whether weights on this device are indexed on a GPU."""
+    return device.type == "cuda"
+
+
 def check_integer(name: str, caller: str, value: object, low: int, high: int | None = None) -> None:
     """Raise ConfigError unless `value` is an integer in ``[low, high]``; None for no upper limit."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)

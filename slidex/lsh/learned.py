@@ -77,6 +77,7 @@ class LearnedSimHash(SimHash):
     """
 
     uses_queries = True
+    runs_on_cuda = False
 
     def __init__(
         self,

@@ -27,7 +27,9 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.hash_index import MAX_BITS, code_dtype, register_hash_family, row_not_hashable
+from slidex.lsh.cuda.simhash import pack, pack_probes, quantise
+from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable
+from slidex.lsh.hash_index import register_hash_family
 from slidex.lsh.index import check_integer, check_number
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _EXACT_LIMIT = 1 << 24
 _INFINITY_BITS = 0x7F800000
 _CHUNK_PROJECTIONS = 1 << 18
 """Projections made at once: they are read again at once, and stay in the second-level cache."""
+_DEVICE_CHUNK_PROJECTIONS = 1 << 25
 _PROJECTION_STREAM = 0x51A5
 
 
@@ -71,6 +74,7 @@ class SimHash:
 
     uses_queries = False
     query_version = 0
+    runs_on_cuda = True
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class SimHash:
         chosen = max(1, round(density * width)) if projection == "sparse" else None
         self._row_projection_BE = torch.from_numpy(draw_projections(tables * bits, width, seed, chosen))
         self._query_projection_BE = self._row_projection_BE
+        self._device_projection_BE = self._row_projection_BE
         self._row_dtype = torch.bfloat16 if _has_fast_bfloat16() else torch.float32
         self._mean_E = torch.zeros(in_features + 1)
         self._max_norm = torch.zeros(1)
@@ -128,7 +133,7 @@ class SimHash:
         self._mean_E = torch.zeros(self._in_features + 1)
         if self._center:
             self._largest_norm(weight_CD, bias_C)  # names the row that would spoil the mean
-            mean = weight_CD.detach().mean(dim=0, dtype=torch.float64)
+            mean = weight_CD.detach().mean(dim=0, dtype=torch.float64).cpu()
             bias_mean = 0.0 if bias_C is None else float(bias_C.detach().mean(dtype=torch.float64))
             self._mean_E = torch.cat([mean, mean.new_tensor([bias_mean])]).float()
         if self._norm_augmentation:
@@ -161,7 +166,7 @@ class SimHash:
         count = len(weight_CD) if ids is None else len(ids)
         codes_LC = np.empty((self.tables, count), dtype=code_dtype(self.bits))
         projection = self._row_projection_BE.to(self._row_dtype)
-        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids):
+        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, "cpu"):
             rows = self._prepare_rows(chunk)
             bad = _quantise(rows)
             if bad >= 0:
@@ -190,10 +195,39 @@ class SimHash:
             _pack_queries(margins, codes_NLV[first : first + step], self.bits)
         return codes_NLV
 
+    def hash_rows_on_device(
+        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `hash_rows` gives, computed where the weights are: int32 (L, C), or (L, M)."""
+        device = weight_CD.device
+        count = len(weight_CD) if ids is None else len(ids)
+        codes_LC = torch.empty((self.tables, count), dtype=torch.int32, device=device)
+        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, device):
+            rows = self._prepare_rows(chunk)
+            bad_M = ~torch.isfinite(rows).all(dim=1)
+            if bool(bad_M.any()):
+                raise row_not_hashable(first + int(bad_M.nonzero()[0]), ids)
+            margins_BM = torch.mm(self._projection_on(device), quantise(rows, _ROW_LEVELS).T)
+            codes_LC[:, first : first + len(rows)] = pack(margins_BM, self.tables)
+        return codes_LC
+
+    def hash_queries_on_device(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """What `hash_queries` gives for finite rows, computed where these are and without waiting for it."""
+        rows_NE = hidden_ND.new_ones((len(hidden_ND), self._in_features + 1), dtype=torch.float32)
+        rows_NE[:, :-1] = hidden_ND
+        rows_NE = quantise(self._prepare_queries(rows_NE), _ROW_LEVELS)
+        margins_NB = torch.mm(rows_NE, self._projection_on(hidden_ND.device).T)
+        return pack_probes(margins_NB, self.tables, self.probes)
+
+    def _projection_on(self, device: torch.device) -> torch.Tensor:
+        if self._device_projection_BE.device != device:
+            self._device_projection_BE = self._row_projection_BE.to(device)
+        return self._device_projection_BE
+
     def _largest_norm(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> float:
         largest = 0.0
-        for first, rows in self._extended_chunks(weight_CD, bias_C, None):
-            norms = torch.linalg.vector_norm(rows, dim=1)
+        for first, rows in self._extended_chunks(weight_CD, bias_C, None, weight_CD.device):
+            norms = squared_norms(rows)[:, 0].sqrt()
             if not bool(torch.isfinite(norms).all()):
                 row = first + int((~torch.isfinite(norms)).nonzero()[0])
                 raise DivergedError(
@@ -211,22 +245,27 @@ class SimHash:
         """What is rounded and projected, from ``[w_c, b_c]`` less the mean; may be the same tensor."""
         if not self._norm_augmentation:
             return rows_ME
-        squares = rows_ME.square().sum(dim=1, keepdim=True)
-        return torch.cat([rows_ME, (self._max_norm**2 - squares).clamp_(min=0).sqrt_()], dim=1)
+        slack = self._max_norm.to(rows_ME.device) ** 2 - squared_norms(rows_ME)
+        return torch.cat([rows_ME, slack.clamp_(min=0).sqrt_()], dim=1)
 
     def _extended_chunks(
-        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor | None
+        self,
+        weight_CD: torch.Tensor,
+        bias_C: torch.Tensor | None,
+        ids: torch.Tensor | None,
+        device: torch.device | str,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Chunks of ``[w_c, b_c]`` less the mean: (first row, a fresh float32 (rows, D + 1))."""
+        """Chunks of ``[w_c, b_c]`` less the mean: (first row, a fresh float32 (rows, D + 1) on `device`)."""
         count = len(weight_CD) if ids is None else len(ids)
-        step = max(64, _CHUNK_PROJECTIONS // len(self._row_projection_BE))
+        chunk = _CHUNK_PROJECTIONS if torch.device(device).type == "cpu" else _DEVICE_CHUNK_PROJECTIONS
+        step = max(64, chunk // len(self._row_projection_BE))
         for first in range(0, count, step):
             weight = _take(weight_CD, first, step, ids)
-            extended = torch.empty((len(weight), self._in_features + 1))
+            extended = torch.empty((len(weight), self._in_features + 1), device=device)
             extended[:, : self._in_features] = weight
             extended[:, self._in_features] = 0.0 if bias_C is None else _take(bias_C, first, step, ids)
             if self._center:
-                extended -= self._mean_E
+                extended -= self._mean_E.to(extended.device)
             yield first, extended
 
 
@@ -237,6 +276,16 @@ def _take(values: torch.Tensor, first: int, step: int, ids: torch.Tensor | None)
         return values[first : first + step]
     # A quarter of the time of values[ids].
     return values.index_select(0, ids[first : first + step].to(values.device))
+
+
+def squared_norms(rows_ME: torch.Tensor) -> torch.Tensor:
+    """Sums of squares in an order that depends on E alone, so the same on every device: float32 (M, 1)."""
+    squares = rows_ME.square()
+    while squares.shape[1] > 1:
+        rest = squares.shape[1] // 2
+        squares[:, :rest] += squares[:, -rest:]
+        squares = squares[:, : squares.shape[1] - rest]
+    return squares
 
 
 def draw_projections(count: int, width: int, seed: int, chosen: int | None = None) -> np.ndarray:

@@ -11,6 +11,8 @@ Legend: N rows in a batch, C classes, K hash bits, B = 2^K buckets per table, L 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numba
 import numpy as np
 
@@ -27,6 +29,31 @@ _MERGE_RATIO_MANY = 12
 than 1,024 buckets: a sort's write streams then no longer stay in the first-level cache (both measured)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSettings:
+    """What queries read of tables, on whatever device they are.
+
+    Args:
+        seed: Keys ties, windows, reservoirs and orders.
+        min_votes: Leave out classes with fewer votes; at least 1, of no effect with `first_come`.
+        max_bucket: The most hashed classes read from one bucket; None for all.
+        overflow: One of `slidex.lsh.reading.OVERFLOWS`.
+        first_come: Take the first classes met instead of the most voted.
+        insert: The most classes inserted per bucket, see `InsertedLabels`.
+    """
+
+    seed: int = 0
+    min_votes: int = 1
+    max_bucket: int | None = None
+    overflow: str = "window"
+    first_come: bool = False
+    insert: int = 0
+
+    def limit(self, num_classes: int) -> int:
+        """The most hashed classes read from one bucket of `num_classes` in all."""
+        return num_classes if self.max_bucket is None else min(self.max_bucket, num_classes)
+
+
 class BucketTables:
     """Classes by code.
 
@@ -38,12 +65,7 @@ class BucketTables:
         num_classes: C.
         tables: L.
         bits: K.
-        seed: Keys ties, windows, reservoirs and orders.
-        min_votes: Leave out classes with fewer votes; at least 1, of no effect with `first_come`.
-        max_bucket: The most hashed classes read from one bucket; None for all.
-        overflow: One of `slidex.lsh.reading.OVERFLOWS`.
-        first_come: Take the first classes met instead of the most voted.
-        insert: The most classes inserted per bucket, see `InsertedLabels`.
+        settings: What is read of them.
 
     Attributes:
         offsets: int32 (L, B + 1): bucket b of table t is ``ids[t, offsets[t, b]:offsets[t, b + 1]]``.
@@ -57,22 +79,17 @@ class BucketTables:
         num_classes: int,
         tables: int,
         bits: int,
-        *,
-        seed: int = 0,
-        min_votes: int = 1,
-        max_bucket: int | None = None,
-        overflow: str = "window",
-        first_come: bool = False,
-        insert: int = 0,
+        settings: TableSettings,
     ) -> None:
         self.offsets = np.zeros((tables, (1 << bits) + 1), dtype=np.int32)
         entries = tables * num_classes
         self.ids = np.zeros(entries + BLOCK, dtype=np.int32)[:entries].reshape(tables, num_classes)
         self.codes = np.zeros((tables, 0), dtype=np.uint16)
-        self.inserted = InsertedLabels(tables, bits, insert, seed)
-        self._seed, self._min_votes, self._first_come = np.uint64(seed), min_votes, first_come
-        self._limit = num_classes if max_bucket is None else min(max_bucket, num_classes)
-        self._overflow = OVERFLOWS.index(overflow)
+        self.inserted = InsertedLabels(tables, bits, settings.insert, settings.seed)
+        self._seed, self._min_votes = np.uint64(settings.seed), settings.min_votes
+        self._first_come = settings.first_come
+        self._limit = settings.limit(num_classes)
+        self._overflow = OVERFLOWS.index(settings.overflow)
         self._votes_TC: np.ndarray = np.zeros((0, 0), dtype=np.uint8)
         self._pool_votes_C = np.zeros(0, dtype=np.int32)
         self._touched_C = np.zeros(0, dtype=np.int32)

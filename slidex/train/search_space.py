@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidex.errors import ConfigError
 from slidex.lsh.faiss_factories import automatic_cells
-from slidex.lsh.hash_index import MAX_BITS, automatic_bits
+from slidex.lsh.family import MAX_BITS, automatic_bits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

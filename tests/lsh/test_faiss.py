@@ -366,3 +366,12 @@ def test_cuda_searches_a_copy_made_after_every_change(monkeypatch) -> None:
 def test_settings_are_listed_with_defaults() -> None:
     assert index_settings("faiss")["factory"] == "Flat"
     assert index_settings("faiss-pq")["k_factor"] == 2
+
+
+def test_weights_on_a_gpu_need_a_search_on_a_gpu(monkeypatch) -> None:
+    weight_CD, bias_C, _ = clustered(900)
+    index = made("faiss-flat", weight_CD, bias_C)
+    monkeypatch.setattr("slidex.lsh.faiss_index.is_cuda", lambda _: True)
+    for call in (index.build, lambda *weights: index.load_state(index.state(), *weights)):
+        with pytest.raises(ConfigError, match=r"'device'.*'cuda' for weights on.*'simhash' or 'dwta'"):
+            call(weight_CD, bias_C)

@@ -15,7 +15,7 @@ from slidex.errors import ConfigError
 from slidex.lsh import SimHash, hash_index, index, index_settings, make_index, register_hash_family
 from slidex.lsh.index import QuerySample
 from slidex.lsh.insertion import InsertedLabels
-from slidex.lsh.tables import BucketTables
+from slidex.lsh.tables import BucketTables, TableSettings
 
 WIDTH = 8
 
@@ -85,7 +85,7 @@ def test_ties_for_the_last_place_favour_no_class() -> None:
 def test_an_inserted_class_has_a_vote_of_its_bucket(seed, classes, min_votes, k) -> None:
     tables_count, bits = 4, 2
     codes_LC = np.random.default_rng(seed).integers(0, 4, (tables_count, classes)).astype(np.uint16)
-    tables = BucketTables(classes, tables_count, bits, insert=5, min_votes=min_votes)
+    tables = BucketTables(classes, tables_count, bits, TableSettings(insert=5, min_votes=min_votes))
     tables.build(codes_LC)
     tables.inserted.add(*landing(seed, 30, tables_count, bits, classes))
     queries = np.random.default_rng(seed + 1).integers(0, 4, (3, tables_count, 1)).astype(np.int32)
@@ -108,14 +108,14 @@ def test_an_inserted_class_has_a_vote_of_its_bucket(seed, classes, min_votes, k)
 
 
 def test_most_tables_and_two_votes_each_are_counted() -> None:
-    tables = BucketTables(20, 130, 1, insert=1)
+    tables = BucketTables(20, 130, 1, TableSettings(insert=1))
     tables.build(np.zeros((130, 20), dtype=np.uint16))
     tables.inserted.add(np.zeros((1, 130), dtype=np.int64), np.array([0, 1]), np.array([7]))
     assert tables.query(np.zeros((1, 130, 1), dtype=np.int32), 20, step=0)[0, 0] == 7
 
 
 def test_first_come_takes_inserted_classes_first() -> None:
-    tables = BucketTables(90, 3, 1, insert=2, first_come=True)
+    tables = BucketTables(90, 3, 1, TableSettings(insert=2, first_come=True))
     tables.build(np.zeros((3, 90), dtype=np.uint16))
     tables.inserted.add(np.zeros((2, 3), dtype=np.int64), np.array([0, 1, 2]), np.array([70, 20]))
     query = np.zeros((1, 3, 1), dtype=np.int32)

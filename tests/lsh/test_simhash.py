@@ -8,8 +8,8 @@ import torch
 
 from slidex.errors import DivergedError
 from slidex.lsh import HashIndex, make_index
-from slidex.lsh.hash_index import automatic_bits
-from slidex.lsh.simhash import SimHash, draw_projections
+from slidex.lsh.family import automatic_bits
+from slidex.lsh.simhash import SimHash, draw_projections, squared_norms
 
 
 def assert_rate(hits: int, trials: int, expected: float) -> None:
@@ -201,3 +201,12 @@ def test_codes_of_a_wider_type_are_stored_in_the_smallest() -> None:
     assert index.state()["codes"].dtype == torch.uint16
     other.load_state(index.state(), weight_CD)
     assert torch.equal(other.query(queries_ND, 9), index.query(queries_ND, 9))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 5, 8, 13, 130])
+def test_squared_norms_are_sums_of_squares_whatever_the_batch(width: int) -> None:
+    rows_ME = torch.randn(40, width, generator=torch.Generator().manual_seed(width))
+    norms_M1 = squared_norms(rows_ME)
+    exact_M = rows_ME.double().square().sum(dim=1)
+    torch.testing.assert_close(norms_M1[:, 0].double(), exact_M, rtol=1e-6, atol=0)
+    assert torch.equal(torch.cat([squared_norms(row[None]) for row in rows_ME]), norms_M1)

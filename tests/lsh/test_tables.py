@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from slidex.lsh import reading
 from slidex.lsh import tables as module
 from slidex.lsh.reading import OVERFLOWS
-from slidex.lsh.tables import BucketTables
+from slidex.lsh.tables import BucketTables, TableSettings
 
 
 def reference(codes_LC: np.ndarray) -> list[dict[int, list[int]]]:
@@ -34,7 +34,7 @@ def contents(tables: BucketTables) -> list[dict[int, list[int]]]:
 
 
 def filled(codes_LC: np.ndarray, bits: int, **settings: object) -> BucketTables:
-    tables = BucketTables(codes_LC.shape[1], len(codes_LC), bits, **({"seed": 1} | settings))
+    tables = BucketTables(codes_LC.shape[1], len(codes_LC), bits, TableSettings(**({"seed": 1} | settings)))
     tables.build(codes_LC)
     return tables
 

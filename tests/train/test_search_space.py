@@ -4,7 +4,7 @@ import pytest
 
 from slidex.errors import ConfigError
 from slidex.lsh import index_settings, make_index
-from slidex.lsh.hash_index import MAX_BITS
+from slidex.lsh.family import MAX_BITS
 from slidex.train import search_space as module
 from slidex.train.search_space import MOST_GRAPH_CLASSES, MOST_TABLE_BYTES, search_space
 

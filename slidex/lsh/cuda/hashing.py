@@ -1,0 +1,166 @@
+"""What `slidex.lsh.HashIndex` does for weights on a CUDA device: hash there, keep the tables there, answer there.
+
+The same seed, settings and weights give the codes that the CPU gives, to the bit, but where `center` is on: a mean
+over all rows is summed in another order and may round otherwise in its last bit. Bucket contents, votes, windows,
+reservoirs and pools are equal too. Only which of equally voted classes a query keeps, and their order, differs: the
+CPU shuffles them one after the other, the device ranks them by a hash.
+
+Legend: N rows in a batch, C classes, D hidden width, L tables, V codes looked up per table, M rows hashed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from slidex.errors import ConfigError, DivergedError
+from slidex.kernels.cuda.environment import require_device
+from slidex.lsh.cuda.tables import DeviceTables
+
+if TYPE_CHECKING:
+    from slidex.lsh.family import DeviceHashFamily, HashFamily
+    from slidex.lsh.tables import TableSettings
+
+
+def for_device(family: HashFamily, settings: TableSettings) -> DeviceHashFamily:
+    """The family, or ConfigError for what has no CUDA implementation, naming what to use instead."""
+    instead = "Use {}, or keep the weights on the CPU."
+    if not getattr(family, "runs_on_cuda", False):
+        raise ConfigError(
+            f"The index over {type(family).__name__} has no hash functions for weights on a CUDA device. "
+            + instead.format("'simhash' or 'dwta'")
+        )
+    if settings.insert:
+        raise ConfigError(
+            "The 'insert' parameter of make_index must be 0 for weights on a CUDA device: labels are inserted on "
+            f"the CPU only. Got {settings.insert} instead. " + instead.format("0")
+        )
+    if settings.first_come:
+        raise ConfigError(
+            "The 'budget' parameter of make_index must be 'votes' for weights on a CUDA device. "
+            "Got 'first_come' instead. " + instead.format("'votes'")
+        )
+    return cast("DeviceHashFamily", family)
+
+
+class DeviceHashing:
+    """Hash functions and tables on one device.
+
+    Queries wait for nothing on the host, so a hidden vector that is not finite is found out late: by the first call
+    after the device has seen it, see `raise_late`.
+
+    Args:
+        num_classes: C.
+        family: Its hash functions; must be a `DeviceHashFamily`.
+        settings: Of the tables.
+        device: Where the weights are.
+
+    Attributes:
+        tables: `DeviceTables`.
+        device: Where they are.
+
+    Raises:
+        ConfigError: Family or settings have no CUDA implementation.
+        DeviceError: Kernels cannot run on this device.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        family: HashFamily,
+        settings: TableSettings,
+        device: torch.device,
+    ) -> None:
+        self._family = for_device(family, settings)
+        require_device(device)
+        self.device = device
+        self.tables = DeviceTables(
+            num_classes,
+            family.tables,
+            family.bits,
+            settings,
+            device,
+        )
+        self._checks: deque[_Check] = deque()
+
+    def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        """Hash all rows and fill the tables."""
+        self.tables.build(self._family.hash_rows_on_device(weight_CD, bias_C))
+
+    def load(self, codes_LC: np.ndarray) -> None:
+        """Fill the tables from codes, of `slidex.lsh.family.code_dtype`."""
+        self.tables.build(torch.from_numpy(codes_LC.astype(np.int32)).to(self.device))
+
+    def update(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor) -> None:
+        """Rehash rows, int64 (M,), distinct, and sort the tables in which any moved."""
+        ids = ids.to(self.device)
+        self.tables.update(ids, self._family.hash_rows_on_device(weight_CD, bias_C, ids))
+
+    def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, ids: torch.Tensor) -> float:
+        """Share of the rows' codes, over all tables, that differ from those in the tables."""
+        ids = ids.to(self.device)
+        differ_LM = self.tables.differ(ids, self._family.hash_rows_on_device(weight_CD, bias_C, ids))
+        return float(differ_LM.sum()) / differ_LM.numel()
+
+    def query(self, hidden_ND: torch.Tensor, k: int, *, step: int) -> torch.Tensor:
+        """As `slidex.lsh.CandidateIndex.query`, on the device of `hidden_ND`."""
+        codes_NLV = self._look_up(hidden_ND)
+        return self.tables.query(codes_NLV, k, step=step).to(hidden_ND.device)
+
+    def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int) -> torch.Tensor:
+        """As `slidex.lsh.CandidateIndex.pool`, on the device of `hidden_ND`."""
+        codes_NLV = self._look_up(hidden_ND)
+        self.raise_late()
+        return self.tables.pool(codes_NLV, budget, step=step).to(hidden_ND.device)
+
+    def raise_late(self, *, wait: bool = True) -> None:
+        """Raise for a hidden vector of an earlier query that was not finite.
+
+        Args:
+            wait: Wait for the device; False to look only at what it has done.
+
+        Raises:
+            DivergedError: There was one. It is told once.
+        """
+        while self._checks and (wait or self._checks[0].known()):
+            bad = self._checks.popleft().first_bad()
+            if bad >= 0:
+                raise DivergedError(f"Row {bad} of the hidden vectors holds a value that is not finite.")
+
+    def _look_up(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Codes to look up: int32 (N, L, V), contiguous; notes whether any row is not finite."""
+        hidden_ND = hidden_ND.detach().to(self.device, torch.float32)
+        if len(hidden_ND):
+            self._checks.append(_check(hidden_ND))
+            self.raise_late(wait=False)
+        return self._family.hash_queries_on_device(hidden_ND)
+
+
+class _Check(NamedTuple):
+    """The first row that is not finite, or -1, on its way to the host."""
+
+    row: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    def known(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def first_bad(self) -> int:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.row)
+
+
+def _check(rows_ND: torch.Tensor) -> _Check:
+    bad_N = ~torch.isfinite(rows_ND).all(dim=1)
+    first = torch.where(bad_N.any(), bad_N.byte().argmax(), -1)
+    if first.device.type != "cuda":
+        return _Check(first, None)
+    row = torch.empty((), dtype=torch.int64, pin_memory=True)
+    row.copy_(first, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(first.device))
+    return _Check(row, arrived)
