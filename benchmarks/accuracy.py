@@ -10,6 +10,7 @@ version. At the end the tables of all lines there are printed and written into d
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import statistics
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+import torch
 
 import slidex
 from benchmarks import report
@@ -30,8 +32,11 @@ from benchmarks.datasets import ROOT, SHARED, MissingDataError, load
 from benchmarks.peer_worker import peak_mb, used
 from benchmarks.peers import BY_NAME, MINUTES, PEERS, K, Peer, PeerError, digest, peer_key, run_peer
 from benchmarks.report import in_child, machine, markdown
+from slidex.data import CsrArrays
 from slidex.errors import SlidexError
+from slidex.kernels.cpu import linear_fit, linear_scores
 from slidex.metrics import MetricAccumulator
+from slidex.nn.ranker import class_pairs, row_tensors
 from slidex.threads import set_threads
 from slidex.train.config import PRESETS, TrainConfig
 from slidex.train.run import fingerprint
@@ -52,6 +57,8 @@ MEASURES = {
     "predict_cpu_us": "predict µs/row",
 }
 HEADINGS = ("", *(name.replace("recall", "R") for name in METRICS), *MEASURES.values(), "measured")
+MODES = ("preset", "exact", "shared")
+"""How slidex scores classes in training: as the preset has it (by a cost model), all of them, or a pool for a batch."""
 TRAINING_ONLY = ("optimizer", "progress", "index")
 """Files of a checkpoint that prediction with the default scorer does not read."""
 
@@ -88,9 +95,12 @@ def train_slidex(name: str, data: Path, settings: dict[str, Any]) -> Line:
 
 
 def compile_kernels(name: str, data: Path, settings: dict[str, Any]) -> None:
-    """Two steps, so that no measured process has to compile."""
+    """Two steps, and a ranker of one class for two rows, so that no measured process has to compile."""
     dataset = load(name, data)
-    config = replace(TrainConfig.from_mapping(settings), max_steps=2)
+    config = replace(TrainConfig.from_mapping(settings), max_steps=2, ranker_candidates=0)
+    two = CsrArrays(np.arange(3), np.zeros(2, dtype=np.int32), None, 1)
+    pairs, x = class_pairs(two, np.zeros((2, 1), dtype=np.int32)), row_tensors(two.unit_rows())
+    linear_scores(linear_fit(*pairs, *x, 1, cost=1.0), *x, torch.zeros(2, 1, dtype=torch.int64))
     with tempfile.TemporaryDirectory(prefix="slidex-accuracy-") as folder:
         run = slidex.fit(dataset, Path(folder) / "run", config)
         for _ in run.model().topk(dataset.split("test").x.slice(0, 1), K):
@@ -154,9 +164,10 @@ class Book:
         return line
 
 
-def slidex_line(book: Book, name: str, data: Path, preset: str, seed: int, threads: int) -> Line:
-    """One training of slidex."""
-    settings = TrainConfig.from_mapping({"seed": seed, "threads": threads}, preset=preset).to_mapping()
+def slidex_line(book: Book, name: str, data: Path, preset: str, mode: str, seed: int, threads: int) -> Line:
+    """One training of slidex, in the preset's mode (``preset``) or another."""
+    changes = {"seed": seed, "threads": threads} | ({} if mode == "preset" else {"mode": mode})
+    settings = TrainConfig.from_mapping(changes, preset=preset).to_mapping()
     dataset = load(name, data)
     key = digest([fingerprint(dataset), settings, source_digest(), K])
 
@@ -170,7 +181,8 @@ def slidex_line(book: Book, name: str, data: Path, preset: str, seed: int, threa
         ) as error:  # the latter if the process was killed, as for memory
             return {"failed": str(error)}
 
-    return book.line({"set": name, "method": f"slidex {preset}", "seed": seed}, key, measure)
+    method = f"slidex {preset}" if mode == "preset" else f"slidex {preset}, mode {mode}"
+    return book.line({"set": name, "method": method, "seed": seed}, key, measure)
 
 
 def peer_line(book: Book, name: str, data: Path, peer: Peer, threads: int, minutes: float) -> Line:
@@ -209,6 +221,7 @@ def tables(lines: Iterable[Line]) -> str:
 def place(method: str) -> int:
     """Where a method stands in a table: peers in the order of `PEERS`, then presets in the order of `PRESETS`."""
     known = [*(peer.label for peer in PEERS), *(f"slidex {preset}" for preset in PRESETS)]
+    method = method.partition(", mode ")[0]
     return known.index(method) if method in known else len(known)
 
 
@@ -263,6 +276,12 @@ def names_in(text: str, known: Sequence[str], option: str) -> list[str]:
 @click.option("--sets", default=",".join(SETS), show_default=True)
 @click.option("--presets", default="fast,accurate", show_default=True, help="Of slidex; all, none or names.")
 @click.option(
+    "--modes",
+    default="preset",
+    show_default=True,
+    help=f"Of slidex's training: {', '.join(MODES)}; comma-separated.",
+)
+@click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Of slidex: 0, 1, ..."
 )
 @click.option("--peers", default="all", show_default=True, help=f"all, none or some of {','.join(BY_NAME)}.")
@@ -277,6 +296,7 @@ def names_in(text: str, known: Sequence[str], option: str) -> list[str]:
 def main(
     sets: str,
     presets: str,
+    modes: str,
     seeds: int,
     peers: str,
     minutes: float,
@@ -288,6 +308,7 @@ def main(
 ) -> None:
     """Measure what is missing, print the tables."""
     chosen_presets = names_in(presets, list(PRESETS), "--presets")
+    chosen_modes = names_in(modes, MODES, "--modes")
     chosen_peers = [BY_NAME[name] for name in names_in(peers, list(BY_NAME), "--peers")]
     set_threads(threads)
     facts = machine()
@@ -302,9 +323,8 @@ def main(
         for peer in chosen_peers:
             if not peer.only or name in peer.only:
                 show(peer_line(book, name, data, peer, facts["threads"], minutes))
-        for preset in chosen_presets:
-            for seed in range(seeds):
-                show(slidex_line(book, name, data, preset, seed, facts["threads"]))
+        for preset, mode, seed in itertools.product(chosen_presets, chosen_modes, range(seeds)):
+            show(slidex_line(book, name, data, preset, mode, seed, facts["threads"]))
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     found = tables(book.lines)
     click.echo("\n".join([found, *skipped]))

@@ -57,7 +57,7 @@ class TrainConfig(SamplingSettings):
         high=4096,
     )
     ranker_weight: float = setting(
-        4.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+        5.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
     ranker_tail: float = setting(
         0.0,
@@ -130,18 +130,20 @@ class TrainConfig(SamplingSettings):
         return {**dataclasses.asdict(self), "dense_widths": list(self.dense_widths)}
 
 
+_ACCURATE: dict[str, Any] = {
+    "hidden_width": 512,
+    "loss": "logistic",
+    "input_dropout": 0.3,
+    "batch_size": 128,
+    "learning_rate": 5e-3,
+    "epochs": 12,
+    "ranker_candidates": 50,
+    "ranker_tail": 0.5,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "accurate": {
-        "hidden_width": 512,
-        "loss": "logistic",
-        "input_dropout": 0.3,
-        "batch_size": 128,
-        "learning_rate": 5e-3,
-        "epochs": 12,
-        "ranker_candidates": 50,
-        "ranker_tail": 1.0,
-    },
+    "fast": {"input_dropout": 0.2, "ranker_candidates": 50, "ranker_tail": 0.5},
+    "accurate": _ACCURATE,
+    "tail": {**_ACCURATE, "ranker_tail": 3.0},
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,
@@ -163,8 +165,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "report_every": 500,
     },
 }
-"""Settings by name, over the defaults: what docs/performance.md shows to be good for bag-of-words data in little time
-(`fast`) or in more (`accurate`); network and sampling as in the SLIDE paper (`slide`); `make demo`'s own (`demo`)."""
+"""Settings by name, over the defaults: what docs/accuracy.md shows to be good for bag-of-words data in little time
+(`fast`), in more (`accurate`), and for rare classes (`tail`); network and sampling as in the SLIDE paper (`slide`); `make
+demo`'s own (`demo`)."""
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
