@@ -166,8 +166,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings by name, over the defaults: what docs/accuracy.md shows to be good for bag-of-words data in little time
-(`fast`), in more (`accurate`), and for rare classes (`tail`); network and sampling as in the SLIDE paper (`slide`); `make
-demo`'s own (`demo`)."""
+(`fast`), in more (`accurate`), and for rare classes (`tail`); network and sampling as in the SLIDE paper (`slide`);
+`make demo`'s own (`demo`)."""
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
