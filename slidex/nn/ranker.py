@@ -30,7 +30,7 @@ class LinearRanker:
 
     Args:
         weights: Of C classes over the F input features, for rows of unit L2 norm.
-        candidates: How many of a row's best classes it was fitted to tell apart, and is to rank.
+        candidates: How many of a row's best classes it is to rank.
         factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
         prior_C: float32, added to every score of a class; None for nothing.
     """

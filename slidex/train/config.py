@@ -132,16 +132,18 @@ class TrainConfig(SamplingSettings):
 
 _ACCURATE: dict[str, Any] = {
     "hidden_width": 512,
+    "mode": "shared",
+    "pool_size": 1024,
     "loss": "logistic",
     "input_dropout": 0.3,
-    "batch_size": 128,
-    "learning_rate": 5e-3,
+    "batch_size": 256,
+    "learning_rate": 7e-3,
     "epochs": 12,
     "ranker_candidates": 50,
-    "ranker_tail": 0.5,
+    "ranker_tail": 1.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"input_dropout": 0.2, "ranker_candidates": 50, "ranker_tail": 0.5},
+    "fast": {"ranker_candidates": 50, "ranker_tail": 1.0},
     "accurate": _ACCURATE,
     "tail": {**_ACCURATE, "ranker_tail": 3.0},
     "slide": {

@@ -31,6 +31,8 @@ EXACT_CLASSES = 1 << 16
 """Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
 TABLES, EXTRA_CANDIDATES = 32, 4
 """Of that index: simhash with labels inserted; and how many times as many classes it is asked for."""
+FITTED = 2
+"""A class is fitted on the rows that have it among so many times as many classes as are ranked."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -81,7 +83,7 @@ def _candidates(
 ) -> np.ndarray:
     """The best classes of training rows: int32 (N, A), padded with -1."""
     head = model.head
-    count = min(config.ranker_candidates, head.num_classes)
+    count = min(FITTED * config.ranker_candidates, head.num_classes)
     index = None
     if head.num_classes > EXACT_CLASSES:
         index = make_index(

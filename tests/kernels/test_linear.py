@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from slidex.errors import ConfigError
 from slidex.kernels import LinearWeights, cpu, reference
+from slidex.kernels.cpu import linear
 
 TIGHT = {"passes": 100_000, "tolerance": 1e-13}
 
@@ -189,6 +191,31 @@ def test_progress_counts_all_classes_and_may_stop_the_fit() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         cpu.linear_fit(*arguments, cost=1.0, progress=stop)
+
+
+def test_a_stopped_fit_leaves_out_what_has_not_begun(
+    restored_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = *pairs_of(30, 50, 1), *rows_of(30, 9, 2), 9
+    fitted: list[int] = []
+    fit = linear._fit_classes
+    monkeypatch.setattr(
+        linear,
+        "_fit_classes",
+        lambda first, *rest: fitted.append(first) or time.sleep(0.05) or fit(first, *rest),
+    )
+    monkeypatch.setattr(linear, "_CHUNK_PAIRS", 20)
+    numba.set_num_threads(1)
+    cpu.linear_fit(*arguments, cost=1.0)
+    whole = len(fitted)
+
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    fitted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        cpu.linear_fit(*arguments, cost=1.0, progress=stop)
+    assert len(fitted) <= 3 < whole
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ and row, A candidates per row, W weights kept.
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PAIRS_AHEAD, _LINES_AHEAD = 4, 2
-_SEARCH_COST = (
-    4  # looking up one of a row's features among a class's weights, in steps of reading weights in order
-)
+_CHUNK_PAIRS = 1 << 17  # done at once by a thread: a fraction of a second
+_SEARCH_COST = 4
+"""Looking up one of a row's features among a class's weights, in steps of reading weights in order."""
 
 
 def linear_fit(
@@ -63,7 +64,8 @@ def linear_fit(
         threshold: Weights of smaller magnitude are left out; the bias is always kept.
         passes: Over a class's pairs, at most.
         tolerance: A class is done when the projected gradients of all its pairs lie within so much of each other.
-        progress: Called with classes done and classes in all, now and then, from one thread.
+        progress: Called with classes done and classes in all, now and then, in the caller's thread; what it raises
+            ends the fit.
 
     Returns:
         The weights, of the dtype of `values`. A class without pairs has none, and bias -1: it is never true.
@@ -90,7 +92,8 @@ def linear_fit(
         check.ids("indices", indices, (nnz,), 0, num_features),
         check.floats("values", values, (nnz,)),
     )
-    bounds = np.searchsorted(starts, np.linspace(0, starts[-1], num_chunks() + 1)[1:-1])
+    chunks = max(num_chunks(), len(rows) // _CHUNK_PAIRS)
+    bounds = np.searchsorted(starts, np.linspace(0, starts[-1], chunks + 1)[1:-1])
     bounds = np.unique([0, *bounds, num_classes])
     numbers = (num_features, cost, threshold, passes, tolerance)
 
@@ -99,10 +102,14 @@ def linear_fit(
 
     parts: list[tuple[np.ndarray, ...]] = []
     with ThreadPoolExecutor(numba.get_num_threads()) as pool:
-        for last, part in zip(bounds[1:], pool.map(fit, bounds[:-1], bounds[1:]), strict=True):
-            parts.append(part)
-            if progress is not None:
-                progress(int(last), num_classes)
+        work = [pool.submit(fit, first, last) for first, last in itertools.pairwise(bounds)]
+        try:
+            for last, part in zip(bounds[1:], work, strict=True):
+                parts.append(part.result())
+                if progress is not None:
+                    progress(int(last), num_classes)
+        finally:  # what has not begun is not waited for
+            pool.shutdown(cancel_futures=True)
     counts, features, kept, biases = (
         torch.from_numpy(np.concatenate(kind)) for kind in zip(*parts, strict=True)
     )
