@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,12 @@ from slidex.threads import set_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C reach the processes that tests start: those of a background job would inherit that it is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def checkerboard(rows: int, classes: int, seed: int, labels_per_row: int = 1) -> tuple[CsrArrays, CsrArrays]:

@@ -20,12 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slidex.errors import (
-    CollapseWarning,
-    DivergedError,
-    InterruptedRunError,
-    LostPeerError,
-)
+from slidex.errors import CollapseWarning, DivergedError, InterruptedRunError, LostPeerError
 from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
 from slidex.metrics import MetricAccumulator
@@ -106,14 +101,12 @@ def fit(
     config = TrainConfig.from_mapping(ranks.on_main(settle(config, dataset, ranks).to_mapping))
     tell = notify if notify is not None and ranks.main else _say_nothing
     with compilations(lambda kernel: tell("compiling", {"kernel": kernel})):
-        if resume:
-            run = Run.open(out)
+        run = Run.open(out) if resume else None
+        if run is not None:
             check_same_run(run, dataset, config)
-            Trainer(dataset, config, tell, ranks).fit(run, resume=True)
-        else:
-            trainer = Trainer(dataset, config, tell, ranks)
-            run = Run(Path(out), ranks.on_main(lambda: Run.create(out, config, dataset).meta))
-            trainer.fit(run, resume=False)
+        trainer = Trainer(dataset, config, tell, ranks)
+        run = run or Run(Path(out), ranks.on_main(lambda: Run.create(out, config, dataset).meta))
+        trainer.fit(run, resume=resume)
         if config.ranker_candidates and ranks.main:  # nobody waits for it
             fit_ranker(run, dataset, tell)
         return run
@@ -156,7 +149,7 @@ class Trainer:
         self._probe = RecallProbe()
         self._kept_order = -1, self.rows
 
-    def fit(self, run: Run, *, resume: bool) -> Run:
+    def fit(self, run: Run, *, resume: bool) -> None:
         """Trains to the end, writing into `run`; see `fit`."""
         self.run = run
         try:
@@ -172,13 +165,12 @@ class Trainer:
                 f"{error} Training has stopped after step {self.step:,}; {at}. Continue with the same command and "
                 "--resume, on any number of processes."
             ) from error
-        return run
 
     def _train(self, resume: bool) -> None:
         if resume:
             self._resume()
-        facts = {"step": self.step, "total_steps": self.total_steps, "config": self.config.to_mapping()}
-        self.notify("start", facts)
+        start = {"step": self.step, "total_steps": self.total_steps}
+        self.notify("start", start | {"config": self.config.to_mapping()})
         started = time.perf_counter() - self.seconds
         with SignalCatcher() as signals:
             for batch_x, batch_y in self.batches():
