@@ -58,6 +58,9 @@ SHAPES = {
     "huge-logits": Shape(scale=1e4),
 }
 
+MOST_SCALE = {torch.float32: 1e4, torch.bfloat16: 1e4, torch.float16: 1e3}
+"""Of scores that a dtype can hold, some standard deviations and all: float16 ends at 65,504."""
+
 Arguments = list[object]
 
 

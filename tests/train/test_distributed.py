@@ -83,6 +83,7 @@ def runs(easy_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     start_from(folder, "one-three", "one")
     even = EXACT | {"batch_size": 6, "max_steps": 1}
     jobs = [("two", EXACT, False), ("one-two", EXACT, True), ("even", even, False)]
+    jobs += [("ranked", SHARED | {"ranker_candidates": 20}, False)]
     sampled = {"shared": SHARED, "updates": UPDATES, "per_sample": PER_SAMPLE, "learned": LEARNED}
     for name, settings in sampled.items():
         jobs += [(name, settings, False), (f"{name}-parts", settings | {"signal_after": 4}, False)]
@@ -130,6 +131,15 @@ def test_exact_mode_ends_as_one_process_does(runs: Path, name: str) -> None:
         for run in ("one", name)
     ]
     assert losses[0][-1] == pytest.approx(losses[1][-1], abs=1e-6)
+
+
+def test_one_process_fits_the_ranker_of_the_whole_layer(runs: Path, easy_data: Dataset) -> None:
+    run = slidex.Run.open(runs / "ranked")
+    assert len(run.ranker().weights.bias) == easy_data.num_classes
+    plain, ranked = (
+        slidex.evaluate(slidex.Run.open(runs / name), easy_data)["P@1"] for name in ("shared", "ranked")
+    )
+    assert ranked > plain
 
 
 def test_a_batch_of_fewer_rows_than_processes(runs: Path) -> None:

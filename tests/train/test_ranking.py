@@ -112,7 +112,7 @@ def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, m
     make = ranking.make_index
     monkeypatch.setattr(ranking, "make_index", lambda *a, **k: asked.append((a, k)) or make(*a, **k))
     indexed = slidex.fit(data, tmp_path / "run", config())
-    assert [a[0] for a, _ in asked] == ["simhash"]
+    assert [(a[0], k["insert"]) for a, k in asked] == [("simhash", 16)]  # with labels inserted
     assert slidex.evaluate(indexed, data)["P@1"] > slidex.evaluate(run, data)["P@1"] - 0.05
 
 

@@ -110,27 +110,6 @@ def _require_visible(device: torch.device) -> None:
         )
 
 
-def require_memory(num_bytes: int, device: torch.device | str, purpose: str) -> None:
-    """Raise unless a GPU has so much memory free, before anything is allocated.
-
-    Args:
-        num_bytes: What will be allocated.
-        device: The GPU.
-        purpose: What for, for the message: "weights and optimizer state of 10,000,000 classes".
-
-    Raises:
-        DeviceError: Less is free.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if num_bytes > free + reusable:
-        raise DeviceError(
-            f"Too little memory on {device}: {purpose} need {num_bytes / 2**30:.1f} GiB, "
-            f"{(free + reusable) / 2**30:.1f} of {total / 2**30:.1f} GiB are free. Use optimizer 'rowwise_adagrad', "
-            "bfloat16 weights, a smaller width, or a larger GPU."
-        )
-
-
 def driver_version() -> tuple[int, int] | None:
     """The newest CUDA version the installed NVIDIA driver supports, such as (13, 0); None without a driver."""
     try:

@@ -10,6 +10,7 @@ import torch
 from slidex.kernels import OPTIMIZERS, RowState, cuda, reference
 from tests.kernels.cases import (
     KERNELS,
+    MOST_SCALE,
     SETTINGS,
     UPDATES,
     Problem,
@@ -64,6 +65,12 @@ def test_losses_agree_for_any_scores(name: str, shape: Shape) -> None:
 @pytest.mark.parametrize(("name", "optimizer"), CASES)
 def test_kernel_in_16_bits_is_as_exact_as_torch(name: str, optimizer: str, dtype: torch.dtype) -> None:
     assert_agrees(name, replace(SMALL, optimizer=optimizer), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_huge_scores_in_16_bits_are_as_exact_as_torch(name: str, dtype: torch.dtype) -> None:
+    assert_agrees(name, replace(SMALL, scale=MOST_SCALE[dtype]), dtype)
 
 
 @pytest.mark.parametrize(
