@@ -124,7 +124,7 @@ def hand_over(dataset: Dataset, folder: Path) -> dict[str, str]:
     if not (done.is_file() and done.read_text() == fingerprint(dataset)):
         for name in ("train", "test"):
             split = dataset.split(name)
-            x, y = _rows(split.x, normalize=True), _rows(split.y, normalize=False)
+            x, y = _rows(split.x.unit_rows()), _rows(split.y)
             (folder / name).mkdir(parents=True, exist_ok=True)
             for side, rows in (("x", x), ("y", y)):
                 for part in peer_worker.PARTS:
@@ -135,12 +135,8 @@ def hand_over(dataset: Dataset, folder: Path) -> dict[str, str]:
     return {"data": str(folder), "text": str(folder / "train.txt")}
 
 
-def _rows(csr: CsrArrays, *, normalize: bool) -> peer_worker.Rows:
+def _rows(csr: CsrArrays) -> peer_worker.Rows:
     values = np.ones(csr.nnz, dtype=np.float32) if csr.values is None else np.asarray(csr.values)
-    if normalize:
-        row_ids = csr.row_ids()
-        squares = np.bincount(row_ids, weights=np.square(values, dtype=np.float64), minlength=csr.num_rows)
-        values = (values / np.sqrt(np.maximum(squares, 1e-30))[row_ids]).astype(np.float32)
     return peer_worker.Rows(np.asarray(csr.indptr), np.asarray(csr.indices), values, csr.num_columns)
 
 
