@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+# What slidex itself needs, for the demo; and what its tests, linter and benchmarks need besides.
+BASE   := $(VENV)/.installed
+STAMP  := $(VENV)/.installed-dev
 DEMO   ?= demo-output
 # Of an environment with CUDA: a torch built for it, slidex[cuda] and pytest. What .venv has is for CPUs.
 GPU_PYTHON ?= python3
@@ -12,13 +14,17 @@ GPU_PYTHON ?= python3
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(STAMP): pyproject.toml constraints-cpu.txt
+$(BASE): pyproject.toml constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit("slidex needs Python 3.11 or newer; $(PYTHON) is %d.%d. Try: make PYTHON=python3.12 ..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable .
+	@touch $@
+
+$(STAMP): $(BASE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## prepare real data, train, evaluate and predict: about two minutes
+demo: $(BASE)  ## prepare real data, train, evaluate and predict: about two minutes
 	$(BIN)/python examples/demo.py --out $(DEMO)
 
 lint: $(STAMP)  ## ruff and the type checker
