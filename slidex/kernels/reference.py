@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slidex.kernels.centroids import Centroids
 from slidex.kernels.linear_weights import LinearWeights
 
 if TYPE_CHECKING:
@@ -215,6 +216,43 @@ def linear_scores(
     classes_NA = candidates_NA.clamp(min=0).long()
     scores_NA = torch.einsum("naf,nf->na", w_CF[classes_NA], x_NF) + weights.bias[classes_NA]
     return scores_NA.masked_fill(candidates_NA < 0, -torch.inf)
+
+
+def class_centroids(
+    class_indptr: Tensor,
+    rows: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    num_features: int,
+    *,
+    keep: int,
+    longest: int,
+) -> Centroids:
+    """The `keep` largest components of ``s / |s|`` with ``s = sum_p x[rows[p]]``, but of features with few classes."""
+    x_NF = values.new_zeros(len(indptr) - 1, num_features)
+    x_NF[_rows(indptr), indices.long()] = values
+    sums_CF = values.new_zeros(len(class_indptr) - 1, num_features)
+    sums_CF.index_add_(0, _rows(class_indptr), x_NF[rows.long()])
+    mean_CF = torch.nn.functional.normalize(sums_CF, eps=1e-30)
+    rank_CF = mean_CF.abs().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    kept_CF = (mean_CF != 0) & (rank_CF < keep)
+    kept_FC = (kept_CF & (kept_CF.sum(0) <= longest)).T
+    ends = torch.nn.functional.pad(kept_FC.sum(1).cumsum(0), (1, 0))
+    return Centroids(ends, kept_FC.nonzero()[:, 1].int(), mean_CF.T[kept_FC], len(mean_CF))
+
+
+def nearest_centroids(
+    centroids: Centroids, indptr: Tensor, indices: Tensor, values: Tensor, k: int
+) -> Tensor:
+    """The k classes of largest ``x[n] . centroid[c]``, of those above 0; -1 for none."""
+    mean_FC = values.new_zeros(centroids.num_features, centroids.num_classes)
+    mean_FC[_rows(centroids.indptr), centroids.classes.long()] = centroids.values
+    x_NF = values.new_zeros(len(indptr) - 1, centroids.num_features)
+    x_NF[_rows(indptr), indices.long()] = values
+    best_NC, ids_NC = (x_NF @ mean_FC).sort(dim=1, descending=True, stable=True)
+    ids_NK = ids_NC.masked_fill(best_NC <= 0, -1)[:, :k]
+    return torch.nn.functional.pad(ids_NK, (0, k - ids_NK.shape[1]), value=-1)
 
 
 def _rows(indptr: Tensor) -> Tensor:

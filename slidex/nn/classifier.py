@@ -184,8 +184,12 @@ class Classifier:
                 logits_NK, ids_NK, log_total_N = found
                 if self.ranker is None:
                     yield Ranked(logits_NK, ids_NK, logits_NK, log_total_N)
-                else:
-                    yield Ranked(*self.ranker.rank(rows, logits_NK, ids_NK, k), log_total_N)
+                    continue
+                if self.ranker.search is not None:
+                    more_NB = self.ranker.search.beside(rows, ids_NK)
+                    logits_NB = pair_logits(hidden_ND, self.head.weight, self.head.bias, more_NB)
+                    logits_NK, ids_NK = torch.cat([logits_NK, logits_NB], 1), torch.cat([ids_NK, more_NB], 1)
+                yield Ranked(*self.ranker.rank(rows, logits_NK, ids_NK, k), log_total_N)
 
     def _wanted(self, k: int) -> int:
         """Classes that the head must give for `k` ranked ones."""

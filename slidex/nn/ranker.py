@@ -1,11 +1,12 @@
-"""A linear classifier over the input's own features that ranks the network's best classes anew.
+"""A linear classifier over the input's own features that ranks a row's best classes anew.
 
 A network of one hidden layer cannot keep what each of some hundred thousand features says of each class; a linear
 classifier for every class can, but to score them all is slow. So the network proposes classes, and linear classifiers,
 each fitted on just the rows that its class was proposed for, judge beside it (the "matcher" and "ranker" of PECOS, Yu
-et al., JMLR 2022).
+et al., JMLR 2022). A network learns next to nothing of a class with a few rows; those are proposed by the features
+themselves, as the nearest centroids of classes.
 
-Legend: N rows, C classes, F features, A candidates per row, P pairs of class and row.
+Legend: N rows, C classes, F features, A and B candidates per row, P pairs of class and row.
 """
 
 from __future__ import annotations
@@ -17,11 +18,38 @@ import numba
 import numpy as np
 import torch
 
-from slidex.kernels.cpu import linear_scores
+from slidex.kernels.cpu import class_centroids, linear_scores, nearest_centroids
 
 if TYPE_CHECKING:
     from slidex.data import CsrArrays
-    from slidex.kernels.linear_weights import LinearWeights
+    from slidex.kernels import Centroids, LinearWeights
+
+COMPONENTS, MOST_CLASSES = 32, 20_000
+"""Of a class's centroid, the components that are kept; and of how many classes a feature may be one of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class CentroidSearch:
+    """Proposes the classes whose training rows look most like a row.
+
+    Args:
+        centroids: Of C classes over the F input features.
+        count: Classes to propose for a row.
+    """
+
+    centroids: Centroids
+    count: int
+
+    def beside(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
+        """The classes of the nearest centroids, but for those a row has already: int64 (N, B), padded with -1.
+
+        Args:
+            x: N rows of features.
+            ids_NA: int64, classes that the rows have, padded with -1.
+        """
+        found_NB = nearest_centroids(self.centroids, *row_tensors(x.unit_rows()), self.count)
+        _leave_out(ids_NA.numpy(), found_NB.numpy())
+        return found_NB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +61,14 @@ class LinearRanker:
         candidates: How many of a row's best classes it is to rank.
         factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
         prior_C: float32, added to every score of a class; None for nothing.
+        search: Proposes more classes; None leaves those of the network.
     """
 
     weights: LinearWeights
     candidates: int
     factor: float
     prior_C: torch.Tensor | None = None
+    search: CentroidSearch | None = None
 
     def scores(self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
         """``logit + factor * (w_c . x / |x| + b_c) + prior_c``: float32 (N, A), -inf at pads.
@@ -63,6 +93,19 @@ class LinearRanker:
 def row_tensors(x: CsrArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Offsets, features and values of rows that have values, as kernels take them."""
     return torch.from_numpy(x.indptr), torch.from_numpy(x.indices), torch.from_numpy(x.values)
+
+
+def centroid_search(x: CsrArrays, labels: CsrArrays, count: int) -> CentroidSearch:
+    """A search over the centroids of classes in these rows.
+
+    Args:
+        x: N rows of features.
+        labels: Their true classes.
+        count: Classes to propose for a row.
+    """
+    own = class_pairs(labels, np.empty((labels.num_rows, 0), dtype=np.int32))
+    arrays = own.indptr, own.rows, *row_tensors(x.unit_rows()), x.num_columns
+    return CentroidSearch(class_centroids(*arrays, keep=COMPONENTS, longest=MOST_CLASSES), count)
 
 
 class ClassPairs(NamedTuple):
@@ -122,3 +165,14 @@ def _write_pairs(indptr, labels, candidates_NA, next_C, rows, positive):
 def _holds(rising, value):
     at = np.searchsorted(rising, value)
     return at < len(rising) and rising[at] == value
+
+
+@numba.njit(cache=True, nogil=True)
+def _leave_out(ids_NA, found_NB):
+    """Puts -1 for every class that the row has in `ids_NA`."""
+    for n in range(len(ids_NA)):
+        for b in range(found_NB.shape[1]):
+            for a in range(ids_NA.shape[1]):
+                if ids_NA[n, a] == found_NB[n, b]:
+                    found_NB[n, b] = -1
+                    break

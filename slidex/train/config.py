@@ -56,8 +56,15 @@ class TrainConfig(SamplingSettings):
         low=0,
         high=4096,
     )
+    ranker_centroids: int = setting(
+        0,
+        "Classes whose training rows look most like a row (nearest centroids of features), which the ranker ranks "
+        "beside the network's: it brings classes with few rows; 0 for none.",
+        low=0,
+        high=4096,
+    )
     ranker_weight: float = setting(
-        5.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+        12.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
     ranker_tail: float = setting(
         0.0,
@@ -109,6 +116,13 @@ class TrainConfig(SamplingSettings):
     keep_last: int = setting(2, "Checkpoints kept, beside the best one.", low=1)
     report_every: int = setting(200, "Steps between reports.", low=1)
 
+    def __post_init__(self) -> None:
+        SamplingSettings.__post_init__(self)
+        if self.ranker_centroids and not self.ranker_candidates:
+            raise ConfigError(
+                "The 'ranker_candidates' setting must be above 0 where 'ranker_centroids' is. Got 0 instead."
+            )
+
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, preset: str | None = None) -> TrainConfig:
         """A config from names and values, over a preset's, over the defaults.
@@ -130,6 +144,7 @@ class TrainConfig(SamplingSettings):
         return {**dataclasses.asdict(self), "dense_widths": list(self.dense_widths)}
 
 
+_RANKER: dict[str, Any] = {"ranker_candidates": 20, "ranker_centroids": 50, "ranker_tail": 2.0}
 _ACCURATE: dict[str, Any] = {
     "hidden_width": 512,
     "mode": "shared",
@@ -139,13 +154,12 @@ _ACCURATE: dict[str, Any] = {
     "batch_size": 256,
     "learning_rate": 7e-3,
     "epochs": 12,
-    "ranker_candidates": 50,
-    "ranker_tail": 1.0,
+    **_RANKER,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"ranker_candidates": 50, "ranker_tail": 1.0},
+    "fast": {"epochs": 3, **_RANKER},
     "accurate": _ACCURATE,
-    "tail": {**_ACCURATE, "ranker_tail": 3.0},
+    "tail": {**_ACCURATE, "ranker_tail": 4.0},
     "slide": {
         "mode": "per_sample",
         "active_size": 1000,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +12,10 @@ from slidex.errors import InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.lsh import make_index
 from slidex.nn.classifier import PREDICT_ROWS
-from slidex.nn.ranker import class_pairs, row_tensors
+from slidex.nn.ranker import centroid_search, class_pairs, row_tensors
 from slidex.train.held_out import training_queries
 from slidex.train.kept_ranker import KeptRanker, load_ranker, save_ranker
 from slidex.train.rows import split_rows
-from slidex.train.search_space import INSERTED
 from slidex.train.signals import SignalCatcher
 
 if TYPE_CHECKING:
@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 
     from slidex.data import CsrArrays, Dataset
     from slidex.nn.classifier import Classifier
+    from slidex.nn.ranker import CentroidSearch
     from slidex.train.config import TrainConfig
     from slidex.train.run import Run
 
-EXACT_CLASSES = 1 << 16
+EXACT_CLASSES = 1 << 13
 """Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
-TABLES, EXTRA_CANDIDATES = 32, 4
-"""Of that index: simhash with labels inserted; and how many times as many classes it is asked for."""
-FITTED = 2
-"""A class is fitted on the rows that have it among so many times as many classes as are ranked."""
+TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 16
+"""Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
+FITTED, FITTED_CENTROIDS = 3, 6
+"""A class is fitted on the rows that have it among so many times as many of the network's classes, and of the nearest
+centroids, as are ranked: what looks like a class without being it is what to learn from."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -65,7 +67,10 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                     f"Continue with: slidex train DATA --out {run.path} --resume"
                 )
 
-        found_NA = _candidates(model, dataset, x, config, lambda done: tell("candidates", done, x.num_rows))
+        search = centroid_search(x, y, config.ranker_centroids) if config.ranker_centroids else None
+        found_NA = _candidates(
+            model, dataset, x, config, search, lambda done: tell("candidates", done, x.num_rows)
+        )
         pairs = class_pairs(y, found_NA)
         weights = linear_fit(
             *pairs,
@@ -75,29 +80,43 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
             threshold=config.ranker_threshold,
             progress=lambda done, total: tell("weights", done, total),
         )
-    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights))
+    centroids = None if search is None else search.centroids
+    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, centroids))
 
 
 def _candidates(
-    model: Classifier, dataset: Dataset, x: CsrArrays, config: TrainConfig, tell: Callable[[int], None]
+    model: Classifier,
+    dataset: Dataset,
+    x: CsrArrays,
+    config: TrainConfig,
+    search: CentroidSearch | None,
+    tell: Callable[[int], None],
 ) -> np.ndarray:
-    """The best classes of training rows: int32 (N, A), padded with -1."""
+    """The classes that network and centroids propose for training rows: int32 (N, A), padded with -1."""
     head = model.head
     count = min(FITTED * config.ranker_candidates, head.num_classes)
+    wider = (
+        None
+        if search is None
+        else replace(search, count=min(FITTED_CENTROIDS * search.count, head.num_classes))
+    )
     index = None
     if head.num_classes > EXACT_CLASSES:
         index = make_index(
-            "simhash", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED
+            "learned", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED
         )
         queries = training_queries(model, dataset, np.empty(0, dtype=np.int64), None)
         index.build(head.weight, head.bias, queries=queries)
-    found_NA = np.empty((x.num_rows, count), dtype=np.int32)
+    found_NA = np.empty((x.num_rows, count + (wider.count if wider else 0)), dtype=np.int32)
     for first in range(0, x.num_rows, PREDICT_ROWS):
         part = slice(first, min(first + PREDICT_ROWS, x.num_rows))
         with torch.no_grad():
-            hidden_ND = model.encoder(x.slice(part.start, part.stop))
+            block = x.slice(part.start, part.stop)
+            hidden_ND = model.encoder(block)
         candidates_NA = None if index is None else index.query(hidden_ND, EXTRA_CANDIDATES * count)
         _, ids_NA = head.topk(hidden_ND, count, candidates_NA=candidates_NA)
+        if wider is not None:
+            ids_NA = torch.cat([ids_NA, wider.beside(block, ids_NA)], 1)
         found_NA[part] = ids_NA.numpy()
         tell(part.stop)
     return found_NA

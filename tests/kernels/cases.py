@@ -184,6 +184,21 @@ class Problem:
         return torch.from_numpy(self._rng.permutation(self.shape.classes)[:size])
 
 
+def sparse_rows(
+    rows: int, features: int, seed: int, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    """Offsets, features and values of sparse rows, one of them empty; some of the features occur in no row."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, max(2, features // 2), rows)
+    counts[rows // 2] = 0
+    chosen = [
+        np.sort(rng.choice(max(1, features - 2), min(n, max(1, features - 2)), replace=False)) for n in counts
+    ]
+    indptr = torch.from_numpy(np.concatenate([[0], np.cumsum([len(ids) for ids in chosen])]))
+    indices = torch.from_numpy(np.concatenate(chosen).astype(np.int32))
+    return indptr, indices, torch.from_numpy(rng.normal(size=len(indices))).to(dtype)
+
+
 def cast(argument: object, dtype: torch.dtype) -> object:
     """A copy of an argument with its floats in `dtype`; ids keep theirs."""
     if isinstance(argument, RowState):

@@ -12,6 +12,7 @@ import torch
 from slidex.errors import ConfigError
 from slidex.kernels import LinearWeights, cpu, reference
 from slidex.kernels.cpu import linear
+from tests.kernels.cases import sparse_rows
 
 TIGHT = {"passes": 100_000, "tolerance": 1e-13}
 
@@ -21,21 +22,6 @@ def restored_threads() -> Iterator[None]:
     before = numba.get_num_threads()
     yield
     numba.set_num_threads(before)
-
-
-def rows_of(
-    rows: int, features: int, seed: int, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, ...]:
-    """Offsets, features and values of sparse rows, one of them empty; some of the features occur in no row."""
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(1, max(2, features // 2), rows)
-    counts[rows // 2] = 0
-    chosen = [
-        np.sort(rng.choice(max(1, features - 2), min(n, max(1, features - 2)), replace=False)) for n in counts
-    ]
-    indptr = torch.from_numpy(np.concatenate([[0], np.cumsum([len(ids) for ids in chosen])]))
-    indices = torch.from_numpy(np.concatenate(chosen).astype(np.int32))
-    return indptr, indices, torch.from_numpy(rng.normal(size=len(indices))).to(dtype)
 
 
 def pairs_of(rows: int, classes: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -65,7 +51,7 @@ Fit = Callable[..., LinearWeights]
 def assert_fit_parity(
     fit: Fit, seed: int, *, rows: int = 30, features: int = 17, classes: int = 9, cost: float = 1.3
 ) -> None:
-    arguments = *pairs_of(rows, classes, seed), *rows_of(rows, features, seed + 1), features
+    arguments = *pairs_of(rows, classes, seed), *sparse_rows(rows, features, seed + 1), features
     got = fit(*arguments, cost=cost, **TIGHT)
     want = reference.linear_fit(*arguments, cost=cost, passes=100)
     torch.testing.assert_close(dense(got), dense(want), rtol=1e-7, atol=1e-8)
@@ -94,7 +80,7 @@ def test_fit_agrees_with_liblinear() -> None:
     from scipy.sparse import csr_matrix
     from sklearn.svm import LinearSVC
 
-    indptr, indices, values = rows_of(50, 20, 3)
+    indptr, indices, values = sparse_rows(50, 20, 3)
     x = csr_matrix((values.numpy(), indices.numpy(), indptr.numpy()), shape=(50, 20))
     positive = np.random.default_rng(4).random(50) < 0.3
     theirs = LinearSVC(C=0.7, loss="squared_hinge", tol=1e-10, max_iter=100_000).fit(x, positive)
@@ -130,7 +116,7 @@ def test_comparison_fails_on_a_broken_fit(name: str) -> None:
 
 
 def test_few_passes_stop_early_and_many_do_not_matter() -> None:
-    arguments = *pairs_of(40, 6, 1), *rows_of(40, 30, 2), 30
+    arguments = *pairs_of(40, 6, 1), *sparse_rows(40, 30, 2), 30
     exact = dense(cpu.linear_fit(*arguments, cost=1.0, **TIGHT))
     errors = [
         float((dense(cpu.linear_fit(*arguments, cost=1.0, passes=passes, tolerance=0)) - exact).abs().max())
@@ -143,7 +129,7 @@ def test_few_passes_stop_early_and_many_do_not_matter() -> None:
 
 
 def test_small_weights_are_dropped_and_the_bias_is_kept() -> None:
-    arguments = *pairs_of(40, 6, 1), *rows_of(40, 30, 2), 30
+    arguments = *pairs_of(40, 6, 1), *sparse_rows(40, 30, 2), 30
     whole = cpu.linear_fit(*arguments, cost=1.0)
     cut = cpu.linear_fit(*arguments, cost=1.0, threshold=0.2)
     assert 0 < len(cut.values) < len(whole.values)
@@ -153,14 +139,14 @@ def test_small_weights_are_dropped_and_the_bias_is_kept() -> None:
 
 
 def test_a_class_without_pairs_is_never_true() -> None:
-    weights = cpu.linear_fit(*pairs_of(20, 4, 0), *rows_of(20, 9, 0), 9, cost=1.0)
+    weights = cpu.linear_fit(*pairs_of(20, 4, 0), *sparse_rows(20, 9, 0), 9, cost=1.0)
     assert weights.indptr[1] == 0
     assert weights.bias[0] == -1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, restored_threads: None) -> None:
-    arguments = *pairs_of(200, 300, 5), *rows_of(200, 60, 6, dtype), 60
+    arguments = *pairs_of(200, 300, 5), *sparse_rows(200, 60, 6, dtype), 60
     found = []
     for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS), 1):
         numba.set_num_threads(threads)
@@ -172,7 +158,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, restored_thread
 
 
 def test_single_precision_is_near_double() -> None:
-    pairs, (indptr, indices, values) = pairs_of(60, 8, 7), rows_of(60, 40, 8)
+    pairs, (indptr, indices, values) = pairs_of(60, 8, 7), sparse_rows(60, 40, 8)
     numbers = {"cost": 1.0, "passes": 1000, "tolerance": 1e-5}
     double = dense(cpu.linear_fit(*pairs, indptr, indices, values, 40, **numbers))
     single = dense(cpu.linear_fit(*pairs, indptr, indices, values.float(), 40, **numbers))
@@ -180,7 +166,7 @@ def test_single_precision_is_near_double() -> None:
 
 
 def test_progress_counts_all_classes_and_may_stop_the_fit() -> None:
-    arguments = *pairs_of(30, 50, 1), *rows_of(30, 9, 2), 9
+    arguments = *pairs_of(30, 50, 1), *sparse_rows(30, 9, 2), 9
     told: list[tuple[int, int]] = []
     cpu.linear_fit(*arguments, cost=1.0, progress=lambda *facts: told.append(facts))
     assert [done for done, _ in told] == sorted({done for done, _ in told})
@@ -196,7 +182,7 @@ def test_progress_counts_all_classes_and_may_stop_the_fit() -> None:
 def test_a_stopped_fit_leaves_out_what_has_not_begun(
     restored_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = *pairs_of(30, 50, 1), *rows_of(30, 9, 2), 9
+    arguments = *pairs_of(30, 50, 1), *sparse_rows(30, 9, 2), 9
     fitted: list[int] = []
     fit = linear._fit_classes
     monkeypatch.setattr(
@@ -229,7 +215,7 @@ def test_a_stopped_fit_leaves_out_what_has_not_begun(
     ],
 )
 def test_fit_refuses_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
-    arguments = *pairs_of(5, 2, 0), *rows_of(5, 4, 0), 4
+    arguments = *pairs_of(5, 2, 0), *sparse_rows(5, 4, 0), 4
     with pytest.raises(ConfigError, match=message):
         cpu.linear_fit(*arguments, **({"cost": 1.0} | change))
 
@@ -246,7 +232,7 @@ def test_fit_refuses_numbers_out_of_range(change: dict[str, Any], message: str) 
     ],
 )
 def test_fit_refuses_arrays_that_do_not_fit(at: int, value: Any, message: str) -> None:
-    arguments = [*pairs_of(5, 2, 0), *rows_of(5, 6, 0), 6]
+    arguments = [*pairs_of(5, 2, 0), *sparse_rows(5, 6, 0), 6]
     arguments[at] = value
     with pytest.raises(ConfigError, match=message):
         cpu.linear_fit(*arguments, cost=1.0)

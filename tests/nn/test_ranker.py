@@ -11,7 +11,7 @@ import torch
 from slidex.data import CsrArrays
 from slidex.kernels import LinearWeights, reference
 from slidex.nn.classifier import PREDICT_ROWS, Classifier
-from slidex.nn.ranker import LinearRanker, class_pairs, row_tensors
+from slidex.nn.ranker import CentroidSearch, LinearRanker, centroid_search, class_pairs, row_tensors
 from slidex.train.config import TrainConfig
 
 F, C = 30, 40
@@ -96,6 +96,53 @@ def test_the_best_of_the_networks_candidates_are_ranked_by_both(k: int, indexed:
     assert any(
         (a != b[:, :k]).any() for (_, a), (_, b) in zip(ranked.topk(x, k), network.topk(x, k), strict=True)
     )
+
+
+def search(count: int) -> CentroidSearch:
+    rng = np.random.default_rng(5)
+    labels = CsrArrays(
+        np.arange(81) * 2,
+        np.sort(rng.permuted(np.tile(np.arange(C), (80, 1)), axis=1)[:, :2], axis=1).ravel().astype(np.int32),
+        None,
+        C,
+    )
+    return centroid_search(random_rows(80, 6), labels, count)
+
+
+def test_centroids_are_of_the_true_rows() -> None:
+    labels = CsrArrays(np.array([0, 1, 3, 3]), np.array([2, 0, 2], dtype=np.int32), None, 4)
+    rows = np.array([0, 2, 4, 5]), np.array([0, 1, 0, 2, 1], dtype=np.int32)
+    x = CsrArrays(*rows, np.array([3, 4, 0.6, 0.8, 1], dtype=np.float32), 3)
+    found = centroid_search(x, labels, 2).centroids
+    dense_FC = torch.zeros(3, 4)
+    dense_FC[torch.repeat_interleave(torch.arange(3), found.indptr.diff()), found.classes.long()] = (
+        found.values
+    )
+    want_CF = torch.tensor([[0.6, 0, 0.8], [0, 0, 0], [1.2, 0.8, 0.8], [0, 0, 0]])
+    want_CF[2] /= want_CF[2].norm()
+    torch.testing.assert_close(dense_FC, want_CF.T)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_classes_of_the_nearest_centroids_are_ranked_beside_the_networks(indexed: bool) -> None:
+    network, x = model(), random_rows(PREDICT_ROWS + 20, 2)
+    network.index.build(network.head.weight, network.head.bias)
+    both = replace(network, ranker=replace(ranker(8), search=search(6)))
+    first, brought = 0, 0
+    for before, after in zip(
+        network.ranked(x, 8, indexed=indexed), both.ranked(x, 5, indexed=indexed), strict=True
+    ):
+        rows = x.slice(first, first + len(before.ids_NK))
+        more_NB = both.ranker.search.beside(rows, before.ids_NK)
+        assert not (more_NB[:, :, None] == before.ids_NK.masked_fill(before.ids_NK < 0, -2)[:, None]).any()
+        ids_NA = torch.cat([before.ids_NK, more_NB], 1)
+        scores_NK, best_NK = both.scores(rows, ids_NA).topk(5)
+        assert torch.equal(after.ids_NK, ids_NA.gather(1, best_NK))
+        torch.testing.assert_close(after.scores_NK, scores_NK)
+        torch.testing.assert_close(after.logits_NK, network.scores(rows, after.ids_NK))
+        brought += int((best_NK >= before.ids_NK.shape[1]).sum())
+        first += len(before.ids_NK)
+    assert brought > 100
 
 
 def test_partition_function_and_logits_stay_the_networks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from slidex.cli.training_display import TrainingDisplay
 from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
 from slidex.metrics import propensities
-from slidex.nn.ranker import class_pairs
+from slidex.nn.ranker import centroid_search, class_pairs
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
 from slidex.train.kept_ranker import load_ranker
@@ -28,6 +29,7 @@ SMALL = {
     "mode": "exact",
     "learning_rate": 0.02,
     "ranker_candidates": 20,
+    "ranker_weight": 5.0,
     "precision": "float32",
 }
 
@@ -72,7 +74,7 @@ def test_the_ranker_finds_what_a_narrow_network_cannot(run, data, tmp_path):
 
 def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data):
     split, network = data.split("train"), run.network()
-    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 2 * 20)])
+    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 3 * 20)])
     pairs = class_pairs(split.y, ids_NA.int().numpy())
     kept = load_ranker(run.path)
     assert (kept.rows, kept.pairs) == (1500, len(pairs.rows))
@@ -90,6 +92,7 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
             {"ranker_weight": 1.0},
             {"ranker_tail": 2.0},
             {"ranker_candidates": 3},
+            {"ranker_centroids": 3},
         )
     ):
         other = slidex.fit(data, tmp_path / str(n), config(**change))
@@ -112,8 +115,32 @@ def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, m
     make = ranking.make_index
     monkeypatch.setattr(ranking, "make_index", lambda *a, **k: asked.append((a, k)) or make(*a, **k))
     indexed = slidex.fit(data, tmp_path / "run", config())
-    assert [(a[0], k["insert"]) for a, k in asked] == [("simhash", 16)]  # with labels inserted
+    assert [(a[0], k["insert"]) for a, k in asked] == [("learned", 64)]  # with labels inserted
     assert slidex.evaluate(indexed, data)["P@1"] > slidex.evaluate(run, data)["P@1"] - 0.05
+
+
+def test_centroids_bring_classes_that_a_network_does_not_know(data, tmp_path):
+    """One step of training: the network's candidates are as good as drawn by lot."""
+    raw = {"max_steps": 1, "ranker_candidates": 2}
+    alone, both = (
+        slidex.fit(data, tmp_path / str(count), config(**raw, ranker_centroids=count)) for count in (0, 10)
+    )
+    assert slidex.evaluate(alone, data)["P@1"] < 0.3
+    assert slidex.evaluate(both, data)["P@1"] > 0.7
+
+
+def test_fitted_rows_are_those_of_network_and_centroids(data, tmp_path):
+    run = slidex.fit(data, tmp_path / "run", config(ranker_candidates=4, ranker_centroids=5))
+    split, kept = data.split("train"), load_ranker(run.path)
+    x = split.x.take(np.arange(1500))
+    search = centroid_search(x, split.y, 6 * 5)
+    for name in ("indptr", "classes", "values"):
+        assert torch.equal(getattr(kept.centroids, name), getattr(search.centroids, name))
+    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 3 * 4)])
+    both_NA = torch.cat([ids_NA, search.beside(x, ids_NA)], 1)
+    assert kept.pairs == len(class_pairs(split.y, both_NA.int().numpy()).rows)
+    assert run.model().ranker.search.count == 5
+    assert f"centroids ({kept.centroids.nbytes / 1e6:.1f} MB)" in run_facts(run.path, verify=False)["ranker"]
 
 
 def test_indexed_prediction_and_mistakes_use_it(data, tmp_path):
@@ -170,8 +197,10 @@ def test_a_signal_keeps_the_network_and_resuming_fits_the_ranker(data, tmp_path)
     assert slidex.evaluate(run, data)["P@1"] > 0.4
 
 
-def test_damage_is_refused(data, run, tmp_path):
+def test_damage_is_refused(data, tmp_path):
     import shutil
+
+    run = slidex.fit(data, tmp_path / "run", config(ranker_centroids=5))
 
     def damaged(change):
         copy = tmp_path / change.__name__
@@ -191,7 +220,14 @@ def test_damage_is_refused(data, run, tmp_path):
     def newer(file, _state):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
 
+    def other_centroids(file, _state):
+        kept = load_ranker(file.parents[1])
+        lists = replace(kept.centroids, indptr=kept.centroids.indptr[:-1].clone())
+        lists.indptr[-1] = len(lists.classes)
+        kept_ranker.save_ranker(file.parents[1], replace(kept, centroids=lists))
+
     for change, message in (
+        (other_centroids, "centroids of 301 features for 302"),
         (cut, "bytes; it should have"),
         (altered, "was altered"),
         (gone, "is missing"),
@@ -219,11 +255,24 @@ def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [{"ranker_candidates": -1}, {"ranker_cost": 0.0}, {"ranker_threshold": -0.1}, {"ranker_weight": -1.0}],
+    [
+        {"ranker_candidates": -1},
+        {"ranker_centroids": -1},
+        {"ranker_cost": 0.0},
+        {"ranker_threshold": -0.1},
+        {"ranker_weight": -1.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         config(**change)
+
+
+def test_centroids_without_a_ranker_are_refused():
+    with pytest.raises(
+        ConfigError, match="'ranker_candidates' setting must be above 0 where 'ranker_centroids' is"
+    ):
+        config(ranker_candidates=0, ranker_centroids=5)
 
 
 def test_inspect_and_the_display_tell_of_it(run, data, tmp_path, capsys):
