@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Rates of one training step in nanoseconds, measured on one AVX-512-BF16 server core with N = 256, D = 128,
-# C = 670,091 (dense) and 1,000 active classes per row (pairs). Selection is the query of 40 SimHash tables.
+# C = 670,091 (dense) and 1,000 active classes per row (pairs); selection with C = 283,447 and the default tables, 8 of
+# them for a pool and 50 for sets of each row.
 # At that width a dense step takes 12.7 (float32) or 3.3 (bfloat16) per row and class, a pair 212.
 PRODUCT_NS = {"float32": 0.0923, "bfloat16": 0.0182}  # per row, class, dimension: scores and both gradients
 SOFTMAX_NS = 0.6  # per row and class
@@ -42,7 +43,10 @@ GATHER_NS = 0.72  # per weight copied into the pool's block
 SCATTERED_ADAM_NS = 1.65  # per weight, rows in random order
 PAIR_NS = 33.0  # per row and active class: softmax, transposing the pairs
 PAIR_DIMENSION_NS = 1.4  # per row, active class and dimension: scores, both gradients, Adam
-SELECTION_NS = 80_000.0  # per row: the index query
+SELECTION_NS = {
+    "shared": 12_000.0,
+    "per_sample": 55_000.0,
+}  # per row: hashing, voting, random classes, merging
 
 NEAR_TIE = 1.25
 """A mode within this factor of the fastest counts as equally fast; the first in `MODES` wins then."""
@@ -165,8 +169,8 @@ def _mode_costs(
     per_score = D * PRODUCT_NS[precision] + SOFTMAX_NS
     nanoseconds = {
         "exact": N * C * per_score + C * D * ADAM_NS,
-        "shared": N * U * per_score + U * D * (GATHER_NS + SCATTERED_ADAM_NS) + N * SELECTION_NS,
-        "per_sample": N * A * (PAIR_NS + D * PAIR_DIMENSION_NS) + N * SELECTION_NS,
+        "shared": N * U * per_score + U * D * (GATHER_NS + SCATTERED_ADAM_NS) + N * SELECTION_NS["shared"],
+        "per_sample": N * A * (PAIR_NS + D * PAIR_DIMENSION_NS) + N * SELECTION_NS["per_sample"],
     }
     activation_bytes = {
         "exact": 4 * (N * C + C * D),  # scores, gradient of W
