@@ -137,6 +137,8 @@ class Book:
         self, path: Path, facts: dict[str, Any], *, retry: bool = False, again: bool = False
     ) -> None:
         self.facts, self.again, self._retry, self._path = facts, again, retry, path
+        # Two generations of a server's processors can have one name, and differ by a factor in speed.
+        self._processor = f"{facts['processor']}, {facts['vector instructions']}"
         self.lines: list[Line] = json.loads(path.read_text())["results"] if path.exists() else []
 
     def line(self, identity: Line, key: str, measure: Callable[[], Line]) -> Line:
@@ -149,13 +151,13 @@ class Book:
         """
         same = [line for line in self.lines if identity.items() <= line.items()]
         for line in same:
-            holds = (line["key"], line["processor"]) == (key, self.facts["processor"])
+            holds = (line["key"], line["processor"]) == (key, self._processor)
             if holds and not self.again and not (self._retry and "failed" in line):
                 return line
         line = {
             **identity,
             "key": key,
-            "processor": self.facts["processor"],
+            "processor": self._processor,
             "commit": self.facts["commit"],
             "day": datetime.now(UTC).date().isoformat(),
             **measure(),

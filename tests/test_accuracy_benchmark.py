@@ -19,7 +19,7 @@ import slidex
 from slidex.data import prepare_xmc
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTS = {"processor": "Abacus", "commit": "abc1234", "threads": 1}
+FACTS = {"processor": "Abacus", "vector instructions": "beads", "commit": "abc1234", "threads": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,13 @@ def test_a_line_is_measured_once_and_again_when_what_it_depends_on_changes(accur
     again = book(accuracy, tmp_path)  # as a later run reads the file
     assert again.line(IDENTITY, "k", measure) == first
     assert len(calls) == 2
-    assert (first["commit"], first["processor"], first["P@1"]) == ("abc1234", "Abacus", 50.0)
+    assert (first["commit"], first["processor"], first["P@1"]) == ("abc1234", "Abacus, beads", 50.0)
     changed = again.line(IDENTITY, "another", lambda: measure(60.0))
     assert changed["P@1"] == 60.0
     stored = json.loads((tmp_path / "accuracy.json").read_text())
     assert stored["results"] == [other, changed]
     assert stored["machine"] == FACTS
-    elsewhere = book(accuracy, tmp_path, facts={"processor": "Slide rule"})
+    elsewhere = book(accuracy, tmp_path, facts={"vector instructions": "rods"})
     assert elsewhere.line(IDENTITY, "another", lambda: measure(70.0))["P@1"] == 70.0
     anew = book(accuracy, tmp_path, facts={"processor": "Slide rule"}, again=True)
     assert anew.line(IDENTITY, "another", lambda: measure(80.0))["P@1"] == 80.0
