@@ -229,15 +229,16 @@ def class_centroids(
     keep: int,
     longest: int,
 ) -> Centroids:
-    """The `keep` largest components of ``s / |s|`` with ``s = sum_p x[rows[p]]``, but of features with few classes."""
+    """Of ``s / |s|`` with ``s = sum_p x[rows[p]]`` the `keep` largest components, then `longest` of each feature."""
     x_NF = values.new_zeros(len(indptr) - 1, num_features)
     x_NF[_rows(indptr), indices.long()] = values
-    sums_CF = values.new_zeros(len(class_indptr) - 1, num_features)
-    sums_CF.index_add_(0, _rows(class_indptr), x_NF[rows.long()])
-    mean_CF = torch.nn.functional.normalize(sums_CF, eps=1e-30)
-    rank_CF = mean_CF.abs().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept_CF = (mean_CF != 0) & (rank_CF < keep)
-    kept_FC = (kept_CF & (kept_CF.sum(0) <= longest)).T
+    mean_CF = values.new_zeros(len(class_indptr) - 1, num_features)
+    mean_CF.index_add_(0, _rows(class_indptr), x_NF[rows.long()])
+    mean_CF = torch.nn.functional.normalize(mean_CF, eps=1e-30)
+    for dim, most in ((1, keep), (0, longest)):
+        rank_CF = mean_CF.abs().argsort(dim=dim, descending=True, stable=True).argsort(dim=dim)
+        mean_CF = mean_CF.masked_fill(rank_CF >= most, 0)
+    kept_FC = (mean_CF != 0).T
     ends = torch.nn.functional.pad(kept_FC.sum(1).cumsum(0), (1, 0))
     return Centroids(ends, kept_FC.nonzero()[:, 1].int(), mean_CF.T[kept_FC], len(mean_CF))
 

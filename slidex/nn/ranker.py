@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from slidex.data import CsrArrays
     from slidex.kernels import Centroids, LinearWeights
 
-COMPONENTS, MOST_CLASSES = 32, 20_000
-"""Of a class's centroid, the components that are kept; and of how many classes a feature may be one of these."""
+COMPONENTS, CHAMPIONS = 32, 1_000
+"""Components that are kept of a class's centroid, and then of each feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def centroid_search(x: CsrArrays, labels: CsrArrays, count: int) -> CentroidSear
     """
     own = class_pairs(labels, np.empty((labels.num_rows, 0), dtype=np.int32))
     arrays = own.indptr, own.rows, *row_tensors(x.unit_rows()), x.num_columns
-    return CentroidSearch(class_centroids(*arrays, keep=COMPONENTS, longest=MOST_CLASSES), count)
+    return CentroidSearch(class_centroids(*arrays, keep=COMPONENTS, longest=CHAMPIONS), count)
 
 
 class ClassPairs(NamedTuple):

@@ -74,9 +74,10 @@ def _products(centroids: Centroids, rows: Rows, ids_NK: torch.Tensor) -> torch.T
         {},
         {"rows": 1, "classes": 2},
         {"classes": 1},
-        {"features": 1},
-        {"features": 3, "rows": 60},
-        {"keep": 1},
+        {"features": 1, "longest": 20},  # all components are 1 or -1, up to rounding
+        {"features": 3, "rows": 60, "longest": 20},
+        {"keep": 1, "longest": 20},
+        {"longest": 3},
         {"keep": 100, "longest": 100},
         {"longest": 1},
         {"k": 1},

@@ -30,9 +30,10 @@ def class_centroids(
 ) -> Centroids:
     """Every class's sum of rows, scaled to unit length, of which the largest components are kept.
 
-    Components are compared by magnitude, equal ones by feature, the lower first. A feature that is left with more than
-    `longest` classes says little of any and would take most of the time: it is dropped. The answer does not depend on
-    the number of threads. Reference: `slidex.kernels.reference.class_centroids`.
+    Then of each feature the `longest` largest components are kept ("champion lists"): to read the lists of frequent
+    features would take most of the time. Components are compared by magnitude; of equal ones the lower feature and the
+    lower class come first. The answer does not depend on the number of threads.
+    Reference: `slidex.kernels.reference.class_centroids`.
 
     Args:
         class_indptr: int64 (C + 1,), class c has the rows ``rows[class_indptr[c]:class_indptr[c + 1]]``.
@@ -42,7 +43,7 @@ def class_centroids(
         values: float32 or float64 (nnz,).
         num_features: F.
         keep: Components of a class, at most; at least 1.
-        longest: Classes of a feature, at most; at least 1.
+        longest: Components of a feature, at most; at least 1.
 
     Returns:
         Centroids of the dtype of `values`.
@@ -196,22 +197,35 @@ def _sink(values, ids, size, v, i):
 
 @njit(cache=True, nogil=True)
 def _invert(counts, room, features, kept, num_features, longest):
-    """Offsets, classes and values by feature, without features that have more than `longest` classes."""
-    indptr = np.zeros(num_features + 1, np.int64)
+    """Offsets, classes and values by feature, of each feature the `longest` largest components at most."""
+    starts = np.zeros(num_features + 1, np.int64)
     for c in range(len(counts)):
         for j in range(room[c], room[c] + counts[c]):
-            indptr[features[j] + 1] += 1
-    for f in range(num_features):
-        indptr[f + 1] = indptr[f] + (indptr[f + 1] if indptr[f + 1] <= longest else 0)
-    classes, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], kept.dtype)
-    next_F = indptr[:-1].copy()
+            starts[features[j] + 1] += 1
+    starts = np.cumsum(starts)
+    classes, values = np.empty(starts[-1], np.int32), np.empty(starts[-1], kept.dtype)
+    next_F = starts[:-1].copy()
     for c in range(len(counts)):
         for j in range(room[c], room[c] + counts[c]):
             f = features[j]
-            if indptr[f] < indptr[f + 1]:
-                classes[next_F[f]], values[next_F[f]] = c, kept[j]
-                next_F[f] += 1
-    return indptr, classes, values
+            classes[next_F[f]], values[next_F[f]] = c, kept[j]
+            next_F[f] += 1
+    indptr, left = np.zeros(num_features + 1, np.int64), 0
+    best, ids = np.empty(longest, kept.dtype), np.empty(longest, np.int32)
+    for f in range(num_features):
+        start, stop = starts[f], starts[f + 1]
+        cut = stop - start > longest
+        if cut:
+            size = 0
+            for m in range(start, stop):
+                if size < longest or abs(values[m]) >= abs(best[0]):
+                    size = _offer(best, ids, size, values[m], classes[m])
+        for m in range(start, stop):  # what is left moves to the front
+            if not cut or not _less(values[m], classes[m], best[0], ids[0]):
+                classes[left], values[left] = classes[m], values[m]
+                left += 1
+        indptr[f + 1] = left
+    return indptr, classes[:left].copy(), values[:left].copy()
 
 
 @njit(cache=True, nogil=True, parallel=True)
