@@ -35,8 +35,6 @@ TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 16
 FITTED, FITTED_CENTROIDS = 3, 6
 """A class is fitted on the rows that have it among so many times as many of the network's classes, and of the nearest
 centroids, as are ranked: what looks like a class without being it is what to learn from."""
-TOLERANCE = 0.5
-"""Of the fit: five times LIBLINEAR's, which takes a third of the time off and nothing from the ranking."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -80,7 +78,6 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
             dataset.num_features,
             cost=config.ranker_cost,
             threshold=config.ranker_threshold,
-            tolerance=TOLERANCE,
             progress=lambda done, total: tell("weights", done, total),
         )
     centroids = None if search is None else search.centroids
