@@ -25,6 +25,7 @@ from slidex.lsh.index import (
     check_weights,
     is_cuda,
     keyword_settings,
+    padded,
     register_index,
 )
 from slidex.lsh.reading import OVERFLOWS
@@ -113,6 +114,11 @@ class HashIndex:
         self._builds = self._updates = self._rows_rehashed = 0
         self._build_seconds = self._update_seconds = 0.0
 
+    @property
+    def runs_on_cuda(self) -> bool:
+        """Whether it has hash functions for weights on a CUDA device."""
+        return getattr(self.family, "runs_on_cuda", False)
+
     def build(
         self,
         weight_CD: torch.Tensor,
@@ -175,15 +181,27 @@ class HashIndex:
 
     def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """The `budget` classes with most votes summed over the rows; see `CandidateIndex.pool`."""
+        if self._on_device:
+            ids = self.padded_pool(hidden_ND, budget, step=step)
+            self._on_device.raise_late()
+            return ids[ids >= 0]
         self._require_built("pool")
         check_hidden("HashIndex.pool", hidden_ND, self.in_features)
         check_integer("budget", "HashIndex.pool", budget, 1)
         check_integer("step", "HashIndex.pool", step, 0)
-        if self._on_device:
-            return self._on_device.pool(hidden_ND, budget, step=step)
         codes_NLV = self.family.hash_queries(hidden_ND)
         ids = self.tables.pool(codes_NLV, budget, step=step)
         return torch.from_numpy(ids).to(hidden_ND.device)
+
+    def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
+        """As `pool`, of a size that does not depend on the answer; see `DeviceCandidateIndex.padded_pool`."""
+        if not self._on_device:
+            return padded(self.pool(hidden_ND, budget, step=step), min(budget, self.num_classes))
+        self._require_built("padded_pool")
+        check_hidden("HashIndex.padded_pool", hidden_ND, self.in_features)
+        check_integer("budget", "HashIndex.padded_pool", budget, 1)
+        check_integer("step", "HashIndex.padded_pool", step, 0)
+        return self._on_device.pool(hidden_ND, budget, step=step)
 
     def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, sample_ids: torch.Tensor) -> float:
         """Share of the sampled rows' codes, over all tables, that differ from those in the tables."""
@@ -281,7 +299,7 @@ class HashIndex:
         if not self._built:
             raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
         if self._on_device:
-            self._on_device.raise_late(wait=method != "query")
+            self._on_device.raise_late(wait=method not in ("query", "padded_pool"))
 
     def _go_to(self, device: torch.device) -> None:
         """Keep hash functions and tables where the weights are from now on."""

@@ -23,7 +23,8 @@ from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.lsh import exact_topk
 from slidex.nn.candidates import label_weights
-from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer, best_candidates
+from slidex.nn.scoring import Rows, Scored, Scorer, best_candidates
+from slidex.nn.smoothing import LabelMass
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays

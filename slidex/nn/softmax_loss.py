@@ -16,6 +16,7 @@ from slidex.errors import ConfigError
 from slidex.lsh import exact_topk
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
 from slidex.nn.options import SamplingOptions
+from slidex.nn.placement import compute_dtype
 from slidex.nn.sampling import Sampling
 from slidex.nn.scoring import Rows, best_candidates
 from slidex.nn.selection import PREDICT_CANDIDATES
@@ -54,7 +55,8 @@ class LSHSoftmaxLoss(nn.Module):
         num_classes: C.
         bias: Whether classes have a bias.
         device: Of the parameters.
-        dtype: Of the parameters; float32 or float64 where classes are sampled.
+        dtype: Of the parameters; where classes are sampled float32 or float64 on the CPU, float32, bfloat16 or float16
+            on a CUDA device.
         reduction: ``mean`` (weighted by the rows' label mass, as in torch: rows without a label do not count),
             ``sum`` or ``none``.
         weight: floating (C,), what each class counts in the loss; None means 1.
@@ -173,6 +175,8 @@ class LSHSoftmaxLoss(nn.Module):
         Raises:
             ConfigError: `input` or `target` do not fit the layer.
             DivergedError: in backward, with a fused optimizer, if loss or gradient are not finite; nothing is written.
+                On a CUDA device this, and a class id of a target there that does not fit, is raised by a later call of
+                the head, since the step does not wait for the device; nothing is written there either.
         """
         return lsh_softmax(
             input,
@@ -273,7 +277,7 @@ class LSHSoftmaxLoss(nn.Module):
                     f"The {name!r} parameter of topk must be an integer of at least 1. Got {value!r} instead."
                 )
         check_arguments(input, self.weight, self.bias, self.reduction, self.label_smoothing)
-        hidden_ND, counts = input.reshape(-1, self.in_features).to(self.weight.dtype), None
+        hidden_ND, counts = input.reshape(-1, self.in_features).to(compute_dtype(self.weight.dtype)), None
         if self._shard is not None:
             hidden_ND, counts = self._shard.gather_rows(hidden_ND)
         if not indexed:
@@ -285,7 +289,10 @@ class LSHSoftmaxLoss(nn.Module):
         else:
             index = self._sampling.prediction_index(self.weight, self.bias)
             candidates_NA = index.query(hidden_ND, max(k, candidates))
-            scores_NK, ids_NK = best_candidates(Rows(self.weight, self.bias), hidden_ND, candidates_NA, k)
+            kernels = self._sampling.placement.kernels
+            scores_NK, ids_NK = best_candidates(
+                Rows(self.weight, self.bias), hidden_ND, candidates_NA, k, kernels
+            )
         if self._shard is not None and counts is not None:
             scores_NK, ids_NK = self._shard.merge_topk(scores_NK, ids_NK)
             scores_NK, ids_NK = (self._shard.take_own(x, counts) for x in (scores_NK, ids_NK))

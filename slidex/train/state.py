@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from slidex.errors import CheckpointError
 from slidex.kernels import RowState
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, part_name
@@ -20,6 +18,8 @@ from slidex.train.checkpoint import Checkpoint, list_checkpoints, part_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    import torch
 
     from slidex.train.loop import Trainer
 
@@ -32,7 +32,7 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
         trainer.model.index,
         trainer.ranks,
     )
-    flags_C1 = torch.from_numpy(trainer.record.flags_C1)
+    flags_C1 = trainer.record.flags_C1
     tensors = {
         "head": head.state_dict(),
         "optimizer": _moments({"weight": head.weight_state, "bias": head.bias_state}),
@@ -72,7 +72,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint, say: Callable[[str],
     begin, end = (0, head.num_classes) if trainer.shard is None else (trainer.shard.begin, trainer.shard.end)
     head.load_state_dict(checkpoint.rows("head", ("weight", "bias"), begin, end))
     # One process also keeps the flag at the end, which is of no class.
-    flags = checkpoint.rows("progress", ("classes",), begin, end + 1)["classes"].numpy()
+    flags = checkpoint.rows("progress", ("classes",), begin, end + 1)["classes"]
     trainer.record.flags_C1[: len(flags)] = flags
     _restore_moments(trainer, checkpoint, begin, end)
     if trainer.rehasher is not None:
