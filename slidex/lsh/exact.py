@@ -128,6 +128,7 @@ class ExactIndex:
     """
 
     uses_queries, runs_on_cuda = False, True
+    bytes_on_device = 8 * _DEVICE_CHUNK_SCORES
 
     def __init__(self, in_features: int, num_classes: int, *, seed: int) -> None:
         del seed

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from slidex.lsh.family import HashFamily
 
 BUDGETS = ("votes", "first_come")
+_QUERY_BYTES = 1 << 29  # at most, of a device's query
 _MOST_INSERTED = 65_536
 
 
@@ -118,6 +119,14 @@ class HashIndex:
     def runs_on_cuda(self) -> bool:
         """Whether it has hash functions for weights on a CUDA device."""
         return getattr(self.family, "runs_on_cuda", False)
+
+    @property
+    def bytes_on_device(self) -> int:
+        """See `DeviceCandidateIndex`; what `slidex.lsh.cuda.tables.DeviceTables` says of it."""
+        tables, bits = self.family.tables, self.family.bits
+        stored = np.dtype(code_dtype(bits)).itemsize
+        kept = tables * (4 * (2**bits + 1) + (4 + stored + 4) * self.num_classes)
+        return kept + 64 * self.num_classes + min(_QUERY_BYTES, (1 << 16) * self.num_classes)
 
     def build(
         self,

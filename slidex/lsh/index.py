@@ -162,10 +162,13 @@ class DeviceCandidateIndex(CandidateIndex, Protocol):
 
     Attributes:
         runs_on_cuda: Whether it does; a class may have instances that do and others that do not.
+        bytes_on_device: Memory that it needs there at most, which is while it is built or asked.
     """
 
     @property
     def runs_on_cuda(self) -> bool: ...  # noqa: D102
+    @property
+    def bytes_on_device(self) -> int: ...  # noqa: D102
 
     def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """As `pool`, of a size that does not depend on the answer: int64 (min(budget, C),), -1 after the last class.

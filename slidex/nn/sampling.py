@@ -29,11 +29,12 @@ from slidex.lsh.index import QuerySample
 from slidex.nn import placement as placements
 from slidex.nn.class_record import SEEN, ClassRecord
 from slidex.nn.loss_batch import Asked, device_batch, host_batch
+from slidex.nn.memory import index_bytes, layer_advice, optimizer_bytes, require_memory, step_bytes
 from slidex.nn.rehash import Rehasher
 from slidex.nn.row_updates import RowUpdater
 from slidex.nn.sampled_loss import SampledLoss
 from slidex.nn.scoring import Rows, Scored, Scorer
-from slidex.nn.selection import SEEDS_APART, make_config_index, make_selector, settle_sampling
+from slidex.nn.selection import SEEDS_APART, checked_counts, make_config_index, make_selector, settle_sampling
 from slidex.nn.targets import wrong_target
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Sampling:
         self.options, self.shard, self.total_classes = options, shard, num_classes
         self.settings = settle_sampling(options)
         own = slice(0, num_classes) if shard is None else slice(shard.begin, shard.end)
-        counts = _checked_counts(options.class_counts, num_classes)
+        counts = checked_counts(options.class_counts, num_classes)
         counts, num_classes = None if counts is None else counts[own], own.stop - own.start
         if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
             raise ConfigError(
@@ -171,6 +172,12 @@ class Sampling:
         self._bind(weight_CD, bias_C)
         self._late.settle(wait=False)
         hidden_ND = input_.reshape(-1, self.in_features).to(placements.compute_dtype(weight_CD.dtype))
+        if not self._fits:
+            needed = self.memory(bias=bias_C is not None) | {
+                "a step": self._step_bytes(len(hidden_ND), target)
+            }
+            require_memory(needed, self.placement.device, layer_advice(self.settings))
+            self._fits = True
         asked = Asked(target, class_weights, ignore_index, reduction, label_smoothing)
         if self.shard is not None and self.step == 0:
             self._check_rows_differ(self.shard, weight_CD.detach())
@@ -195,6 +202,23 @@ class Sampling:
         if self._rehasher is not None:
             self._rehasher.build(self.step)
             self.rehashes, self._stale = self.rehashes + 1, False
+
+    def memory(self, *, bias: bool) -> dict[str, int]:
+        """Bytes that the layer needs beside its weights, by what they are for, as far as nothing of it is there yet."""
+        size = self.num_classes, self.in_features
+        state = optimizer_bytes(self.settings.optimizer, *size, bias=bias)
+        dense = not self.fused and not self.options.sparse_grad
+        return {
+            "optimizer state": state if self._updater.states is None else 0,
+            "gradient": 4 * size[0] * (size[1] + bias) if dense else 0,
+            "index": index_bytes(self.index),
+        }
+
+    def _step_bytes(self, num_rows: int, target: Any) -> int:
+        if isinstance(target, torch.Tensor):
+            target = target if target.layout == torch.strided else target.values()
+        labels = target.numel() if isinstance(target, torch.Tensor) else getattr(target, "nnz", num_rows)
+        return step_bytes(self.settings, self.in_features, self.num_classes, num_rows, labels)
 
     def invalidate(self) -> None:
         """Notes that the layer's weights were replaced: the index is built again before the next loss."""
@@ -299,6 +323,7 @@ class Sampling:
             if device.type != "cpu":
                 self.scorer.precision = "bfloat16" if placement.bfloat16_products else "float32"
         self._record.place(placement)
+        self._fits = False
         self.invalidate()
         return placement
 
@@ -368,18 +393,3 @@ def _diverged(step: int, rate: float) -> DivergedError:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _checked_counts(counts: Any, num_classes: int) -> np.ndarray | None:
-    """The setting 'class_counts' as float64 (C,), or None."""
-    if counts is None:
-        return None
-    if isinstance(counts, torch.Tensor):
-        counts = counts.cpu()
-    values = np.asarray(counts, dtype=np.float64)
-    if values.shape != (num_classes,) or not (np.isfinite(values) & (values >= 0)).all():
-        found = f"shape {values.shape}, values from {values.min(initial=0)} to {values.max(initial=0)}"
-        raise ConfigError(
-            f"The 'class_counts' setting must hold {num_classes} finite counts of at least 0. Got {found} instead."
-        )
-    return values

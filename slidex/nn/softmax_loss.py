@@ -15,6 +15,7 @@ from torch import nn
 from slidex.errors import ConfigError
 from slidex.lsh import exact_topk
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
+from slidex.nn.memory import layer_advice, require_memory
 from slidex.nn.options import SamplingOptions
 from slidex.nn.placement import compute_dtype
 from slidex.nn.sampling import Sampling
@@ -72,6 +73,7 @@ class LSHSoftmaxLoss(nn.Module):
 
     Raises:
         ConfigError: An argument is out of its range, or options do not fit each other or the layer.
+        DeviceError: The GPU named by `device` has too little memory for the layer and what trains it.
     """
 
     weight: nn.Parameter
@@ -101,12 +103,14 @@ class LSHSoftmaxLoss(nn.Module):
         self.in_features, self.num_classes = in_features, num_classes
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.options = options
+        self._sampling = None if options is None else Sampling(options, in_features, num_classes)
+        if device is not None and torch.device(device).type == "cuda":
+            self._require_memory(torch.device(device), dtype or torch.get_default_dtype(), bias=bias)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.register_buffer("class_weight", weight, persistent=False)
         check_arguments(self.weight[:0], self.weight, self.bias, reduction, label_smoothing)
         check_class_weights(weight, num_classes)
-        self._sampling = None if options is None else Sampling(options, in_features, num_classes)
         self._exact: Sampling | None = None  # what scores all classes where they are sharded
         self._shard: Shard | None = None
         self.register_load_state_dict_post_hook(_after_loading)
@@ -346,6 +350,15 @@ class LSHSoftmaxLoss(nn.Module):
             if self.options is None
             else f"{parts}, mode={self.options.mode}, index={self.options.index}"
         )
+
+    def _require_memory(self, device: torch.device, dtype: torch.dtype, *, bias: bool) -> None:
+        """Raises DeviceError unless the device has room for the layer and what trains it."""
+        size = self.num_classes * (self.in_features + bias) * dtype.itemsize
+        needed, advice = {"weights": size}, "Use another GPU, or the CPU."
+        if self._sampling is not None:
+            needed |= self._sampling.memory(bias=bias)
+            advice = layer_advice(self._sampling.settings)
+        require_memory(needed, device, advice)
 
     def _weights_replaced(self) -> None:
         if self._sampling is not None:
