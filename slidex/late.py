@@ -44,7 +44,7 @@ def send(number: torch.Tensor) -> Arriving:
     """Starts copying an int64 () to the host, on the current stream of its device."""
     if number.device.type != "cuda":
         return Arriving(number, None)
-    here = torch.empty((), dtype=torch.int64, pin_memory=True)
+    here = torch.empty((), dtype=torch.int64, device="cpu", pin_memory=True)
     here.copy_(number, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(number.device))

@@ -202,6 +202,9 @@ class ExactIndex:
             best_C += bias_C.to(dtype)
         return best_C.topk(min(budget, self.num_classes)).indices.sort().values
 
+    def require_cuda(self) -> None:
+        """Nothing of it works on the CPU alone."""
+
     def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """As `pool`; only a batch without rows needs padding."""
         return padded(self.pool(hidden_ND, budget, step=step), min(budget, self.num_classes))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.lsh.family import automatic_bits, code_dtype
+from slidex.lsh.family import automatic_bits, code_dtype, require_cuda
 from slidex.lsh.index import (
     IndexStats,
     QuerySample,
@@ -119,6 +119,10 @@ class HashIndex:
     def runs_on_cuda(self) -> bool:
         """Whether it has hash functions for weights on a CUDA device."""
         return getattr(self.family, "runs_on_cuda", False)
+
+    def require_cuda(self) -> None:
+        """See `DeviceCandidateIndex.require_cuda`."""
+        require_cuda(self.family, self._settings)
 
     @property
     def bytes_on_device(self) -> int:

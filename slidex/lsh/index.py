@@ -170,6 +170,10 @@ class DeviceCandidateIndex(CandidateIndex, Protocol):
     @property
     def bytes_on_device(self) -> int: ...  # noqa: D102
 
+    def require_cuda(self) -> None:
+        """Raises ConfigError, naming it, for a setting that has no CUDA implementation."""
+        ...
+
     def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """As `pool`, of a size that does not depend on the answer: int64 (min(budget, C),), -1 after the last class.
 

@@ -29,11 +29,11 @@ class ClassRecord:
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.flags_C1, self._waits = torch.zeros(num_classes + 1, dtype=torch.uint8), True
+        self.flags_C1 = torch.zeros(num_classes + 1, dtype=torch.uint8, device="cpu")
 
     def place(self, placement: Placement) -> None:
         """Keeps the bytes where the layer is from now on."""
-        self.flags_C1, self._waits = self.flags_C1.to(placement.device), placement.waits
+        self.flags_C1 = self.flags_C1.to(placement.device)
 
     def note(self, ids: torch.Tensor, labels: CsrArrays | DeviceLabels) -> None:
         """Notes the classes of a step.

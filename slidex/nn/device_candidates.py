@@ -19,6 +19,7 @@ from slidex.lsh.mixing import mix_ids
 from slidex.nn.candidates import ActiveSets, CandidateSelector, Pool, no_batch_in_a_pool
 
 if TYPE_CHECKING:
+    from slidex.lsh import CandidateIndex
     from slidex.lsh.index import DeviceCandidateIndex
     from slidex.nn.device_labels import DeviceLabels
     from slidex.nn.placement import Placement
@@ -39,13 +40,8 @@ class DeviceSelector:
     """
 
     def __init__(self, selector: CandidateSelector, placement: Placement, index_name: str = "index") -> None:
-        if selector.index is not None and not getattr(selector.index, "runs_on_cuda", False):
-            raise ConfigError(
-                "The 'index' setting must be simhash, dwta, exact or none for a layer on a CUDA device. "
-                f"Got {index_name!r} instead. Use one of these, or keep the layer on the CPU."
-            )
+        self._index = require_device_index(selector.index, index_name)
         self._chosen, self._placement = selector, placement
-        self._index = cast("DeviceCandidateIndex | None", selector.index)
         self._label_share_C = None
         if selector.label_share is not None:
             self._label_share_C = torch.as_tensor(selector.label_share).to(placement.device)
@@ -123,6 +119,20 @@ class DeviceSelector:
         first = len(ids_U) - last
         offset_U[first:] = self._tail_log_weight(ids_U[first:], exact, tail)
         return offset_U
+
+
+def require_device_index(index: CandidateIndex | None, name: str) -> DeviceCandidateIndex | None:
+    """The index; ConfigError, naming the setting, unless it works on a CUDA device."""
+    if index is None:
+        return None
+    if not getattr(index, "runs_on_cuda", False):
+        raise ConfigError(
+            "The 'index' setting must be simhash, dwta, exact or none for a layer on a CUDA device. "
+            f"Got {name!r} instead. Use one of these, or keep the layer on the CPU."
+        )
+    there = cast("DeviceCandidateIndex", index)
+    there.require_cuda()
+    return there
 
 
 def batch_classes(ids_P: torch.Tensor, most: int, key: int) -> torch.Tensor:

@@ -66,6 +66,10 @@ class DeviceLabels:
         share_P = torch.where(ids_P >= 0, 1 / counts_N[row_P].double(), 0)
         return cls(indptr, ids_P, row_P, order_P % max(1, widest), share_P, widest, num_columns)
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All its tensors."""
+        return self.indptr, self.ids_P, self.row_P, self.slot_P, self.share_P
+
     @property
     def num_rows(self) -> int:
         """N."""

@@ -117,7 +117,7 @@ class Sampling:
             self._rehasher = Rehasher(
                 self.settings, self.index, self, self._record, self._queries, any_row_moves=not self.fused
             )
-        self.placement = self._place(self.rows.weight.device)
+        self.placement = self._place(torch.device("cpu"))
 
     @property
     def index(self) -> CandidateIndex | None:

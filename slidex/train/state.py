@@ -3,6 +3,8 @@
 Random numbers and the order of rows are functions of (seed, step), so they are not part of it. The index is: it was
 built from older weights than the current ones.
 
+A run on a GPU saves what one on the CPU saves, and either resumes the other's.
+
 On several processes each has the rows, moments, record and index of its own classes; all else is the same in all of
 them, and process 0 saves it.
 """
@@ -40,14 +42,14 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
     }
     if index is not None:
         tensors["index"] = index.state()
-    tensors = {part_name(name, ranks): group for name, group in tensors.items()}
+    tensors = {part_name(name, ranks): on_cpu(group) for name, group in tensors.items()}
     if ranks.main:
         moments = _moments({"bag": encoder.bag_state})
         for name, parameter in encoder.named_parameters():
             for part, value in trainer.dense_optimizer.state.get(parameter, {}).items():
                 moments[f"dense.{name}.{part}"] = value
-        tensors["encoder"] = encoder.state_dict()
-        tensors["optimizer"] = tensors.get("optimizer", {}) | moments
+        tensors["encoder"] = on_cpu(encoder.state_dict())
+        tensors["optimizer"] = tensors.get("optimizer", {}) | on_cpu(moments)
     values: dict[str, Any] = {
         "step": trainer.step,
         "total_steps": trainer.total_steps,
@@ -111,9 +113,14 @@ def _restore_moments(trainer: Trainer, checkpoint: Checkpoint, begin: int, end: 
         state.moment2.copy_(moments[f"{name}.moment2"])
     for name, parameter in encoder.named_parameters():
         prefix = f"dense.{name}."
-        parts = {key.removeprefix(prefix): moments[key].clone() for key in moments if key.startswith(prefix)}
+        parts = {key.removeprefix(prefix): moments[key] for key in moments if key.startswith(prefix)}
         if parts:
-            trainer.dense_optimizer.state[parameter] = parts
+            trainer.dense_optimizer.restore(parameter, parts)
+
+
+def on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of a GPU copied: a checkpoint is that of any device."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _moments(states: Mapping[str, RowState]) -> dict[str, torch.Tensor]:

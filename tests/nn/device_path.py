@@ -53,8 +53,9 @@ CPU = placements.place(torch.device("cpu"))
 
 
 def on_device(device: torch.device) -> Placement:
-    """In place of `slidex.nn.placement.place`."""
-    return Placement(device, KERNELS, waits=False, dtypes=DTYPES)
+    """In place of `slidex.nn.placement.place`: a GPU that is the CPU."""
+    del device
+    return Placement(torch.device("cpu"), KERNELS, waits=False, dtypes=DTYPES)
 
 
 def take_device_path(monkeypatch: pytest.MonkeyPatch, taken: bool = True) -> None:

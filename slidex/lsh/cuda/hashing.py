@@ -10,40 +10,20 @@ Legend: N rows in a batch, C classes, D hidden width, L tables, V codes looked u
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from slidex.errors import ConfigError, DivergedError
+from slidex.errors import DivergedError
 from slidex.kernels.cuda.environment import require_device
 from slidex.late import LateErrors
 from slidex.lsh.cuda.tables import DeviceTables
+from slidex.lsh.family import require_cuda
 
 if TYPE_CHECKING:
-    from slidex.lsh.family import DeviceHashFamily, HashFamily
+    from slidex.lsh.family import HashFamily
     from slidex.lsh.tables import TableSettings
-
-
-def for_device(family: HashFamily, settings: TableSettings) -> DeviceHashFamily:
-    """The family, or ConfigError for what has no CUDA implementation, naming what to use instead."""
-    instead = "Use {}, or keep the weights on the CPU."
-    if not getattr(family, "runs_on_cuda", False):
-        raise ConfigError(
-            f"The index over {type(family).__name__} has no hash functions for weights on a CUDA device. "
-            + instead.format("'simhash' or 'dwta'")
-        )
-    if settings.insert:
-        raise ConfigError(
-            "The 'insert' parameter of make_index must be 0 for weights on a CUDA device: labels are inserted on "
-            f"the CPU only. Got {settings.insert} instead. " + instead.format("0")
-        )
-    if settings.first_come:
-        raise ConfigError(
-            "The 'budget' parameter of make_index must be 'votes' for weights on a CUDA device. "
-            "Got 'first_come' instead. " + instead.format("'votes'")
-        )
-    return cast("DeviceHashFamily", family)
 
 
 class DeviceHashing:
@@ -74,7 +54,7 @@ class DeviceHashing:
         settings: TableSettings,
         device: torch.device,
     ) -> None:
-        self._family = for_device(family, settings)
+        self._family = require_cuda(family, settings)
         require_device(device)
         self.device = device
         self.tables = DeviceTables(
