@@ -71,5 +71,7 @@ def place(device: torch.device) -> Placement:
             "The 'linear_weight' parameter must be on the CPU or a CUDA device where classes are sampled. "
             f"Got {device} instead. options=None works on every device."
         )
-    sixteen = torch.bfloat16, torch.float16
-    return Placement(device, kernels.get(device), waits=False, dtypes=(torch.float32, *sixteen))
+    module, sixteen = kernels.get(device), (torch.bfloat16, torch.float16)
+    if device.index is None:  # as tensors there name it
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Placement(device, module, waits=False, dtypes=(torch.float32, *sixteen))

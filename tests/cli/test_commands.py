@@ -6,9 +6,7 @@ import json
 import os
 
 import pytest
-import torch
 
-from slidex.kernels.cuda import environment
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
 from slidex.train.coverage import CollapseWatch
@@ -183,26 +181,6 @@ def test_a_collapse_is_shown_as_one_line(invoke, easy_data, tmp_path):
     assert len(told) == 1
     assert told[0].startswith("warning: step 10: only 0.1 % of the classes were negatives in epoch 1;")
     assert "'active_size' (now 1)" in told[0]
-
-
-def test_a_gpu_that_is_not_there_is_one_clear_line(invoke, easy_data, trained, tmp_path, monkeypatch):
-    pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
-    monkeypatch.setattr(environment, "_built_for", lambda: None)
-    line = f"Error: This torch ({torch.__version__}) is built without CUDA. Install a CUDA build of torch: "
-    for words in (
-        ("train", easy_data.path, "--out", tmp_path / "run", "--device", "cuda"),
-        ("eval", trained, easy_data.path, "--device", "cuda"),
-        ("predict", trained, easy_data.path, "--device", "cuda:3"),
-    ):
-        result = invoke(*words, code=1)
-        assert result.stderr.startswith(line), result.stderr
-        assert result.stdout == ""
-    assert not (tmp_path / "run").exists()
-    for words in (("train", easy_data.path, "--out", tmp_path / "run"), ("eval", trained, easy_data.path)):
-        result = invoke(*words, "--device", "gpu", code=2)
-        assert (
-            result.stderr == "Error: The 'device' setting must be cpu, cuda or cuda:N. Got 'gpu' instead.\n"
-        )
 
 
 def test_a_diverging_loss_has_its_own_exit_code(invoke, easy_data, tmp_path):
