@@ -35,7 +35,7 @@ class Arriving(NamedTuple):
 
     def read(self) -> int:
         """The number; waits for it."""
-        if self.arrived is not None:
+        if self.arrived is not None and not self.arrived.query():
             self.arrived.synchronize()
         return int(self.number)
 

@@ -178,7 +178,13 @@ def test_the_check_of_a_gpu_ends_with_the_benchmark(monkeypatch, failing, ran):
     monkeypatch.setattr(check.subprocess, "run", run)
     assert check.main() == (0 if failing is None else 7)
     assert len(words) == ran
-    for name in ("on_device", "on_device_hash_index", "on_device_head", "on_device_training"):
+    for name in (
+        "on_device",
+        "on_device_hash_index",
+        "on_device_head",
+        "on_device_ops",
+        "on_device_training",
+    ):
         assert any(word.endswith(f"{name}.py") for word in words[0]), name
     if ran == 3:
         assert words[2][1:] == ["-m", "benchmarks.gpu", "--minutes", check.MINUTES]

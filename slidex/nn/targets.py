@@ -60,7 +60,7 @@ def as_labels(input_: torch.Tensor, target: Any, num_classes: int, ignore_index:
         _require_ones(target.values().detach().cpu().numpy())
         return _checked(target.crow_indices().cpu().numpy(), target.col_indices().cpu().numpy(), num_classes)
     _require_class_ids(target, input_.shape[:-1], num_classes)
-    ids_NP = target.reshape(num_rows, -1).cpu().numpy()
+    ids_NP = _as_matrix(input_, target).cpu().numpy()
     kept_NP = ids_NP != ignored
     if target.dim() >= input_.dim():
         kept_NP &= ids_NP != PAD
@@ -88,7 +88,7 @@ def as_device_labels(
         return DeviceLabels.from_csr(labels, placement), None
     lead = input_.shape[:-1]
     _require_class_ids(target, lead, num_classes)
-    ids_NP = target.reshape(lead.numel(), target.shape[-1] if target.dim() > len(lead) else 1).long()
+    ids_NP = _as_matrix(input_, target).long()
     absent_NP = ids_NP == (TORCH_IGNORE_INDEX if ignore_index is None else ignore_index)
     if target.dim() > len(lead):
         absent_NP |= ids_NP == PAD
@@ -112,6 +112,12 @@ def wrong_target(number: int, num_classes: int, step: int) -> ConfigError:
     )
     found = "a class twice" if twice else "another id"
     return _error(constraint, f"{found} in row {row} of step {step:,}, whose update was not applied")
+
+
+def _as_matrix(input_: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Class ids with one row for each row of the input, (N, P)."""
+    width = target.shape[-1] if target.dim() == input_.dim() else 1
+    return target.reshape(input_.shape[:-1].numel(), width)
 
 
 def _require_class_ids(target: torch.Tensor, lead: torch.Size, num_classes: int) -> None:

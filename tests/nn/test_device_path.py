@@ -317,3 +317,21 @@ def test_topk_is_that_of_the_cpu(monkeypatch, case):
         best.append([*head.topk(hidden_ND, 4), *head.topk(hidden_ND, 4, indexed=True, candidates=30)])
     for mine, theirs in zip(*best, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("case", ["shared", "per_sample", "exact"])
+@pytest.mark.parametrize(("rows", "labels"), [(0, 2), (3, 0), (1, 1)])
+def test_small_batches(monkeypatch, case, rows, labels):
+    def steps(head):
+        hidden_ND = torch.randn(rows, D, dtype=torch.float64, generator=generator()).requires_grad_()
+        target_NP = torch.arange(rows * labels).reshape(rows, labels)
+        loss = head(hidden_ND, target_NP)
+        loss.backward()
+        return loss.detach(), hidden_ND.grad, head.weight.detach(), torch.tensor(head.stats().classes_seen)
+
+    results = []
+    for taken in (False, True):
+        take_device_path(monkeypatch, taken=taken)
+        results.append(steps(make_head(case, reduction="sum", optimizer="adam", index="none")))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)

@@ -16,11 +16,11 @@ from slidex.train.loop import Trainer
 from slidex.train.settle import settle
 from tests.conftest import checkerboard
 
-CLASSES, ROWS = 4000, 20_000
+CLASSES, ROWS = 2000, 10_000
 SMALL = {
     "batch_size": 128,
-    "epochs": 2,
-    "pool_size": 800,
+    "epochs": 4,
+    "pool_size": 500,
     "active_size": 200,
     "learning_rate": 0.01,
     "lr_schedule": "constant",
