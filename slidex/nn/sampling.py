@@ -191,9 +191,11 @@ class Sampling:
         self.step += 1
         if reduction == "none":
             return loss.reshape(input_.shape[:-1])
+        if reduction == "sum":
+            return loss
         if isinstance(batch.total, torch.Tensor):
-            return loss if reduction == "sum" else loss.where(batch.total > 0, math.nan)
-        return loss if batch.total > 0 or reduction == "sum" else loss * math.nan
+            return loss * torch.ones_like(loss).where(batch.total > 0, math.nan)
+        return loss if batch.total > 0 else loss * math.nan
 
     def rehash(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         """Builds the index over these rows now, whatever the schedule says."""

@@ -179,12 +179,20 @@ def test_pads_touch_no_row_of_a_sparse_gradient(monkeypatch):
     assert head.weight.grad._values().shape == (N + 24, D)
 
 
-def test_no_label_at_all_is_nan_as_on_the_cpu(monkeypatch):
+@pytest.mark.parametrize("case", ["shared", "per_sample", "exact"])
+def test_no_label_at_all_is_nan_as_on_the_cpu(monkeypatch, case):
     take_device_path(monkeypatch)
     hidden_ND = torch.randn(N, D, dtype=torch.float64, generator=generator())
     nothing = torch.full((N,), -100)
-    assert make_head("shared")(hidden_ND, nothing).isnan()
-    assert make_head("shared", reduction="sum")(hidden_ND, nothing) == 0
+    assert make_head(case, reduction="sum")(hidden_ND, nothing) == 0
+    assert (make_head(case, reduction="none")(hidden_ND, nothing) == 0).all()
+    head = make_head(case, optimizer="adam")
+    before, loss = head.weight.clone(), head(hidden_ND, nothing)
+    assert loss.isnan()
+    loss.backward()
+    assert torch.equal(head.weight, before)
+    with pytest.raises(DivergedError, match="is not finite; its update was not applied"):
+        head.stats()
 
 
 @pytest.mark.parametrize("case", ["shared", "per_sample", "exact"])
