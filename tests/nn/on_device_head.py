@@ -13,7 +13,7 @@ import torch
 
 from slidex.errors import ConfigError, DivergedError
 from slidex.kernels import OPTIMIZERS
-from slidex.nn import LSHSoftmaxLoss, SamplingOptions
+from slidex.nn import LSHSoftmaxLoss, SamplingOptions, memory
 
 DEVICE = "cuda"
 C, D, N = 20_000, 96, 64
@@ -122,3 +122,18 @@ def test_the_best_classes_are_those_of_the_cpu() -> None:
     got = here.to(DEVICE).topk(hidden_ND.to(DEVICE), 5)
     assert (got.ids.cpu() == want.ids).float().mean() > 0.999
     torch.testing.assert_close(got.scores.cpu(), want.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["shared", "per_sample", "exact"])
+def test_the_memory_that_was_asked_for_is_enough(mode: str) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    options = SamplingOptions(mode=mode, optimizer="adam", precision="float32")
+    head = LSHSoftmaxLoss(64, 300_000, bias=True, device=DEVICE, options=options)
+    hidden_ND, target_N = torch.randn(128, 64, device=DEVICE), torch.arange(128, device=DEVICE)
+    needed = head.weight.nbytes + head.bias.nbytes + sum(head._sampling.memory(bias=True).values())
+    needed += memory.step_bytes(options, 64, 300_000, 128, 128)
+    for _ in range(3):
+        head(hidden_ND.requires_grad_(), target_N).backward()
+    assert torch.cuda.max_memory_allocated() - before <= needed + memory._RESERVE
