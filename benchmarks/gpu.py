@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from benchmarks.gpu_rivals import Step
 
 WARM_UP, STEPS, REPEATS = 3, 10, 5
+HOST_STEPS = 3
+"""Few enough that the queue of a GPU does not fill up, which would make the host wait."""
 BATCHES = 8
 POOL, ACTIVE = 4096, 512
 FULL_STATE = 3_000_000 * 768
@@ -104,6 +106,15 @@ class Clock:
         for _ in range(WARM_UP):
             call()
         return statistics.median(self._once(call) for _ in range(self._repeats)) / self._steps
+
+    def host_seconds(self, call: Callable[[], Any]) -> float:
+        """Of one call, the time until the host has enqueued its work; on a CPU that of the work."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        started = time.perf_counter()
+        for _ in range(HOST_STEPS):
+            call()
+        return (time.perf_counter() - started) / HOST_STEPS
 
     def _once(self, call: Callable[[], Any]) -> float:
         if self._device.type != "cuda":
@@ -183,7 +194,9 @@ def measure(
             hidden_ND.grad = None
 
         milliseconds = 1e3 * clock.seconds(call)
-        note = _parts(step, data, clock, milliseconds) if hasattr(step, "head") else ""
+        note = f"enqueued in {1e3 * clock.host_seconds(call):.2f} ms"
+        if hasattr(step, "head"):
+            note += f"; {_parts(step, data, clock, milliseconds)}"
     except (torch.OutOfMemoryError, DeviceError) as error:
         return Result(case, way, None, 0, f"does not fit: {str(error).splitlines()[0][:90]}")
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -76,6 +76,7 @@ def test_every_way_runs_and_is_shown():
         assert results[-1].milliseconds > 0
     assert [result.way for result in results][-2:] == ["slidex, shared", "slidex, per_sample"]
     assert all("adam; query" in result.note for result in results[-2:])
+    assert all(result.note.startswith("enqueued in ") for result in results)
     table = gpu.rows_of(results)
     assert {len(row) for row in table} == {len(gpu.HEADINGS)}
     assert table[0][6] == "1"
@@ -150,6 +151,7 @@ def test_the_clock_counts_calls_and_leaves_the_first_out(monkeypatch):
     calls = []
     assert Clock(CPU, steps=4, repeats=3).seconds(lambda: calls.append(1)) == 1 / 4
     assert len(calls) == gpu.WARM_UP + 12
+    assert Clock(CPU).host_seconds(lambda: calls.append(1)) == 1 / gpu.HOST_STEPS
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):
