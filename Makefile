@@ -48,7 +48,7 @@ bench-details: $(STAMP)  ## the other tables of docs/performance.md: indexes, sc
 	$(BIN)/python -m benchmarks.time_to_accuracy --part schedules
 	$(BIN)/python -m benchmarks.stages
 
-gpu-check:  ## the CUDA kernels on a GPU; GPU_PYTHON=... names a Python with slidex[cuda] and pytest
+gpu-check:  ## CUDA kernels, head, training and a benchmark on a GPU; GPU_PYTHON=... names a Python with slidex[cuda] and pytest
 	$(GPU_PYTHON) -m tests.kernels.cuda.check
 
 clean:

@@ -24,7 +24,7 @@ class _BagOfFeatures(nn.Module):
     def __init__(self, model: Classifier, *, sparse: bool) -> None:
         super().__init__()
         encoder = model.encoder
-        self.normalize = encoder.normalize
+        self.normalize = encoder.rules.normalize
         self.bag = nn.EmbeddingBag.from_pretrained(
             encoder.bag.detach().clone(), freeze=False, mode="sum", sparse=sparse
         )

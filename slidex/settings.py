@@ -6,6 +6,7 @@ This module imports neither torch nor numpy: ``slidex --help`` reads it.
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
@@ -15,8 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 
+DEVICE = {"pattern": r"cpu|cuda(:\d+)?", "form": "cpu, cuda or cuda:N"}
+"""Limits of the name of a device."""
+
+
 def setting(default: Any, text: str, **limits: Any) -> Any:
-    """A dataclass field with its help text and its limits: `low`, `high` (inclusive), `below` or `choices`."""
+    """A dataclass field with its help text and its limits: `low`, `high` (inclusive), `below`, `choices`, or `pattern`.
+
+    A `pattern` is a regular expression, with `form` in words.
+    """
     return field(default=default, metadata={"help": text, **limits})
 
 
@@ -26,6 +34,11 @@ def check_settings(record: Any) -> None:
     for item in fields(record):
         if "help" in item.metadata:
             _check(item.name, getattr(record, item.name), hints[item.name], item.metadata)
+
+
+def check_device(name: str) -> None:
+    """Raises ConfigError, naming the setting 'device', unless it is the name of a device."""
+    _check("device", name, str, DEVICE)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -56,6 +69,7 @@ def _check(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> None:
             and ("low" not in limits or item >= limits["low"])
             and ("high" not in limits or item <= limits["high"])
             and ("below" not in limits or item < limits["below"])
+            and ("pattern" not in limits or re.fullmatch(limits["pattern"], str(item)) is not None)
         )
         if not in_range:
             raise ConfigError(
@@ -77,6 +91,8 @@ def check_table(name: str, value: Any) -> None:
 def _in_words(kind: type, limits: Mapping[str, Any]) -> str:
     if "choices" in limits:
         return "one of " + ", ".join(limits["choices"])
+    if "form" in limits:
+        return limits["form"]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
     bounds = [
         f"{sign} {limits[key]}"

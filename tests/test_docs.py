@@ -205,6 +205,8 @@ def shown(default: object) -> str:
 
 def allowed(hint: Any, limits: Any) -> str:
     """The type and range of a setting, in words."""
+    if "form" in limits:
+        return limits["form"]
     if "choices" in limits:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
     if get_origin(hint) is dict:

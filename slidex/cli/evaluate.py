@@ -49,6 +49,7 @@ def parse_ks(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[
     type=click.IntRange(min=0),
     help="Also this many of the worst mistakes, with names: the wrong class scored furthest above the true ones.",
 )
+@click.option("--device", default="cpu", help="Where to score: cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all usable cores.")
 @click.option("--json", is_flag=True, help="Print JSON.")
 def evaluate(
@@ -59,6 +60,7 @@ def evaluate(
     split: str,
     by_frequency: bool,
     errors: int,
+    device: str,
     threads: int | None,
     json: bool,
 ) -> None:
@@ -88,6 +90,7 @@ def evaluate(
             indexed=not exact,
             by_frequency=by_frequency,
             errors=errors,
+            device=device,
             progress=progress,
         )
     if json:

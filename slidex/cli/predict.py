@@ -48,6 +48,7 @@ JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.bz2")
     "--text-field", default="text", help="Field or fields (comma-separated) of the text, if INPUT is .jsonl."
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON lines here.")
+@click.option("--device", default="cpu", help="Where to score: cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads; default: all usable cores.")
 def predict(
     run: Path,
@@ -58,6 +59,7 @@ def predict(
     split: str,
     text_field: str,
     output: Path | None,
+    device: str,
     threads: int | None,
 ) -> None:
     """Print the K best classes for every row of INPUT, as JSON lines with names and scores.
@@ -74,7 +76,7 @@ def predict(
     opened = Run.open(run)
     blocks, total = input_blocks(opened, input_, split, tuple(text_field.split(",")))
     checkpoint = opened.checkpoint()
-    model = opened.model(checkpoint, indexed=not exact)
+    model = opened.model(checkpoint, indexed=not exact, device=device)
     for line in index_lines(opened.tuned(checkpoint), model.head.loss, probabilities) if not exact else ():
         click.echo(line, err=True)
     records = run_prediction(

@@ -94,10 +94,10 @@ class RowState(NamedTuple):
     """What an optimiser keeps of one parameter, (R, D) or (R,), updated in place by the kernels; its shapes name it.
 
     Args:
-        moment1: Running mean of the gradient, shape and dtype of the parameter; without rows, (0, D) or (0,), in
-            Adagrad.
-        moment2: Running mean of the squared gradient, or in Adagrad its sum, dtype of the parameter: of the
-            parameter's shape, or (R, 1) where a row has one number.
+        moment1: Running mean of the gradient, shape and dtype of the parameter, float32 where that has 16 bits;
+            without rows, (0, D) or (0,), in Adagrad.
+        moment2: Running mean of the squared gradient, or in Adagrad its sum, of the same dtype: of the parameter's
+            shape, or (R, 1) where a row has one number.
     """
 
     moment1: torch.Tensor
@@ -108,9 +108,9 @@ class RowState(NamedTuple):
         """Whether `moment2` is a sum over steps (Adagrad) rather than a running mean (Adam)."""
         return len(self.moment1) < len(self.moment2)
 
-    def to(self, dtype: torch.dtype) -> RowState:
-        """A copy of it in another dtype."""
-        return RowState(self.moment1.to(dtype), self.moment2.to(dtype))
+    def to(self, to: torch.dtype | torch.device) -> RowState:
+        """A copy of it in another dtype or on another device."""
+        return RowState(self.moment1.to(to), self.moment2.to(to))
 
     @staticmethod
     def zeros_like(parameter: torch.Tensor, optimizer: str = "adam") -> RowState:
@@ -123,4 +123,5 @@ class RowState(NamedTuple):
         full = parameter.detach()
         per_row = full[:, :1] if full.dim() == 2 else full
         likes = full[:0] if optimizer == "rowwise_adagrad" else full, full if optimizer == "adam" else per_row
-        return RowState(*(torch.zeros_like(like, memory_format=torch.contiguous_format) for like in likes))
+        dtype = torch.promote_types(full.dtype, torch.float32)
+        return RowState(*(torch.zeros(like.shape, dtype=dtype, device=full.device) for like in likes))

@@ -1,9 +1,9 @@
 """What the kernels compute, in plain torch: the oracle of the tests and the baseline of the benchmarks.
 
-Written for the eye, not for speed: each function is the formula of its docstring, in any float dtype and on
-any device. The full contract (shapes, dtypes, errors) stands at the function of the same name in
-`slidex.kernels.cpu`. Letters: N batch rows, C classes, F features, D hidden width, A active slots per row (-1
-is a pad), U pool size.
+Written for the eye, not for speed: each function is the formula of its docstring, in any float dtype (weights may be
+of a narrower one) and on any device. The full contract (shapes, dtypes, errors) stands at the function of the same name
+in `slidex.kernels.cpu`. Letters: N batch rows, C classes, F features, D hidden width, A active slots per row (-1 is a
+pad), U pool size.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def embedding_bag_update(
 def pair_logits(hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, active_NA: Tensor) -> Tensor:
     """``logits[n, a] = hidden[n] . weight[c] + bias[c]`` with ``c = active[n, a]``; -inf at pads."""
     classes_NA = active_NA.clamp(min=0).long()
-    logits_NA = torch.einsum("nad,nd->na", weight_CD[classes_NA], hidden_ND)
+    logits_NA = torch.einsum("nad,nd->na", weight_CD[classes_NA].to(hidden_ND.dtype), hidden_ND)
     if bias_C is not None:
         logits_NA += bias_C[classes_NA]
     return logits_NA.masked_fill(active_NA < 0, -torch.inf)
@@ -63,7 +63,7 @@ def pair_logits(hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None, act
 
 def pair_hidden_grad(grad_NA: Tensor, weight_CD: Tensor, active_NA: Tensor) -> Tensor:
     """``grad_hidden[n] = sum_a grad[n, a] * weight[active[n, a]]``; pads are left out."""
-    weight_NAD = weight_CD[active_NA.clamp(min=0).long()]
+    weight_NAD = weight_CD[active_NA.clamp(min=0).long()].to(grad_NA.dtype)
     return torch.einsum("na,nad->nd", grad_NA.masked_fill(active_NA < 0, 0), weight_NAD)
 
 
@@ -86,10 +86,10 @@ def pair_update(
     rows, slots = (active_NA >= 0).nonzero(as_tuple=True)
     ids, group = active_NA[rows, slots].long().unique(return_inverse=True)
     scale = grad_NA[rows, slots]
-    grad_UD = weight_CD.new_zeros(len(ids), weight_CD.shape[1]).index_add_(
+    grad_UD = scale.new_zeros(len(ids), weight_CD.shape[1]).index_add_(
         0, group, scale[:, None] * hidden_ND[rows]
     )
-    grad_U = weight_CD.new_zeros(len(ids)).index_add_(0, group, scale)
+    grad_U = scale.new_zeros(len(ids)).index_add_(0, group, scale)
     rows_update(ids, grad_UD, grad_U, weight_CD, bias_C, weight_state, bias_state, settings)
 
 
@@ -130,7 +130,7 @@ def rows_update(
     bias_state: RowState | None,
     settings: StepSettings,
 ) -> None:
-    """Optimiser step in place on the rows and biases of the classes `ids_U`, which are distinct."""
+    """Optimiser step in place on the rows and biases of the classes `ids_U`, which are distinct but for pads, -1."""
     _update(ids_U, grad_UD, weight_CD, weight_state, settings)
     if bias_C is not None and bias_state is not None and grad_bias_U is not None:
         _update(ids_U, grad_bias_U, bias_C, bias_state, settings)
@@ -261,12 +261,13 @@ def _rows(indptr: Tensor) -> Tensor:
 
 
 def _dense_targets(logits_NU: Tensor, indptr: Tensor, positions: Tensor, weights: Tensor) -> Tensor:
-    target_NU = torch.zeros_like(logits_NU)
-    target_NU[_rows(indptr), positions.long()] = weights
+    target_NU, rows_P = torch.zeros_like(logits_NU), _rows(indptr)
+    target_NU[rows_P, positions[: len(rows_P)].long()] = weights[: len(rows_P)]
     return target_NU
 
 
 def _update(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, settings: StepSettings) -> None:
+    ids, grad = ids[ids >= 0], grad[ids >= 0]
     square = grad * grad
     if state.moment2.shape != parameter.shape:
         square = square.mean(1, keepdim=True)
@@ -279,4 +280,5 @@ def _update(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, setti
         direction = moment1 * settings.step_size
         state.moment1[ids] = moment1
     state.moment2[ids] = moment2
-    parameter[ids] = parameter[ids] * settings.shrink - direction / (moment2.sqrt() + settings.epsilon)
+    updated = parameter[ids] * settings.shrink - direction / (moment2.sqrt() + settings.epsilon)
+    parameter[ids] = updated.to(parameter.dtype)

@@ -22,14 +22,15 @@ from slidex.lsh.index import (
     check_integer,
     check_queries,
     check_weights,
+    padded,
     register_index,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_CHUNK_SCORES = 1 << 22
-"""Scores computed at once: 16 MiB in float32."""
+_CHUNK_SCORES, _DEVICE_CHUNK_SCORES = 1 << 22, 1 << 26
+"""Scores computed at once: 16 MiB in float32 for the cache of a CPU, 256 MiB elsewhere, where each takes a launch."""
 
 
 def exact_topk(
@@ -76,7 +77,8 @@ def _scan(
     out = hidden_ND.new_full((num_rows, k), -1, dtype=torch.int64)
     keep = min(k, num_classes)
     row_step = max(1, min(num_rows, 256))
-    class_step = max(keep, _CHUNK_SCORES // row_step)
+    chunk = _CHUNK_SCORES if hidden_ND.device.type == "cpu" else _DEVICE_CHUNK_SCORES
+    class_step = max(keep, chunk // row_step)
     for row in range(0, num_rows, row_step):
         hidden = hidden_ND[row : row + row_step].to(dtype)
         best = hidden.new_empty((len(hidden), 0))
@@ -125,7 +127,8 @@ class ExactIndex:
     Ties in score fall as `torch.topk` leaves them; ``step`` and ``seed`` change nothing.
     """
 
-    uses_queries = False
+    uses_queries, runs_on_cuda = False, True
+    bytes_on_device = 8 * _DEVICE_CHUNK_SCORES
 
     def __init__(self, in_features: int, num_classes: int, *, seed: int) -> None:
         del seed
@@ -189,7 +192,8 @@ class ExactIndex:
             return torch.empty(0, dtype=torch.int64, device=hidden_ND.device)
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         hidden = hidden_ND.detach().to(dtype)
-        class_step = max(1, _CHUNK_SCORES // num_rows)
+        chunk = _CHUNK_SCORES if hidden.device.type == "cpu" else _DEVICE_CHUNK_SCORES
+        class_step = max(1, chunk // num_rows)
         best_C = hidden.new_empty(self.num_classes)
         for first in range(0, self.num_classes, class_step):
             rows = slice(first, first + class_step)
@@ -197,6 +201,13 @@ class ExactIndex:
         if bias_C is not None:
             best_C += bias_C.to(dtype)
         return best_C.topk(min(budget, self.num_classes)).indices.sort().values
+
+    def require_cuda(self) -> None:
+        """Nothing of it works on the CPU alone."""
+
+    def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
+        """As `pool`; only a batch without rows needs padding."""
+        return padded(self.pool(hidden_ND, budget, step=step), min(budget, self.num_classes))
 
     def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, sample_ids: torch.Tensor) -> float:
         """Always 0: live weights never go stale."""

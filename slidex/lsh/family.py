@@ -6,11 +6,11 @@ Legend: N rows in a batch, C classes, D hidden width, K hash bits, L tables, V c
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from slidex.errors import DivergedError
+from slidex.errors import ConfigError, DivergedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from slidex.lsh.index import QuerySample
+    from slidex.lsh.tables import TableSettings
 
 MAX_BITS = 24
 """The largest K: a table then has 2^24 buckets, 64 MiB of offsets."""
@@ -92,3 +93,24 @@ def row_not_hashable(row: int, ids: torch.Tensor | None) -> DivergedError:
 def automatic_bits(num_classes: int) -> int:
     """K for a mean bucket load near `TARGET_BUCKET_LOAD`: ``round(log2(C / load))``, 1 to 24."""
     return min(MAX_BITS, max(1, round(math.log2(max(1.0, num_classes / TARGET_BUCKET_LOAD)))))
+
+
+def require_cuda(family: HashFamily, settings: TableSettings) -> DeviceHashFamily:
+    """The family, or ConfigError for what has no CUDA implementation, naming what to use instead."""
+    instead = "Use {}, or keep the weights on the CPU."
+    if not getattr(family, "runs_on_cuda", False):
+        raise ConfigError(
+            f"The index over {type(family).__name__} has no hash functions for weights on a CUDA device. "
+            + instead.format("'simhash' or 'dwta'")
+        )
+    if settings.insert:
+        raise ConfigError(
+            "The 'insert' parameter of make_index must be 0 for weights on a CUDA device: labels are inserted on "
+            f"the CPU only. Got {settings.insert} instead. " + instead.format("0")
+        )
+    if settings.first_come:
+        raise ConfigError(
+            "The 'budget' parameter of make_index must be 'votes' for weights on a CUDA device. "
+            "Got 'first_come' instead. " + instead.format("'votes'")
+        )
+    return cast("DeviceHashFamily", family)

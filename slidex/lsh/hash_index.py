@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.lsh.family import automatic_bits, code_dtype
+from slidex.lsh.family import automatic_bits, code_dtype, require_cuda
 from slidex.lsh.index import (
     IndexStats,
     QuerySample,
@@ -25,6 +25,7 @@ from slidex.lsh.index import (
     check_weights,
     is_cuda,
     keyword_settings,
+    padded,
     register_index,
 )
 from slidex.lsh.reading import OVERFLOWS
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from slidex.lsh.family import HashFamily
 
 BUDGETS = ("votes", "first_come")
+_QUERY_BYTES = 1 << 29  # at most, of a device's query
 _MOST_INSERTED = 65_536
 
 
@@ -113,6 +115,23 @@ class HashIndex:
         self._builds = self._updates = self._rows_rehashed = 0
         self._build_seconds = self._update_seconds = 0.0
 
+    @property
+    def runs_on_cuda(self) -> bool:
+        """Whether it has hash functions for weights on a CUDA device."""
+        return getattr(self.family, "runs_on_cuda", False)
+
+    def require_cuda(self) -> None:
+        """See `DeviceCandidateIndex.require_cuda`."""
+        require_cuda(self.family, self._settings)
+
+    @property
+    def bytes_on_device(self) -> int:
+        """See `DeviceCandidateIndex`; what `slidex.lsh.cuda.tables.DeviceTables` says of it."""
+        tables, bits = self.family.tables, self.family.bits
+        stored = np.dtype(code_dtype(bits)).itemsize
+        kept = tables * (4 * (2**bits + 1) + (4 + stored + 4) * self.num_classes)
+        return kept + 64 * self.num_classes + min(_QUERY_BYTES, (1 << 16) * self.num_classes)
+
     def build(
         self,
         weight_CD: torch.Tensor,
@@ -175,15 +194,27 @@ class HashIndex:
 
     def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
         """The `budget` classes with most votes summed over the rows; see `CandidateIndex.pool`."""
+        if self._on_device:
+            ids = self.padded_pool(hidden_ND, budget, step=step)
+            self._on_device.raise_late()
+            return ids[ids >= 0]
         self._require_built("pool")
         check_hidden("HashIndex.pool", hidden_ND, self.in_features)
         check_integer("budget", "HashIndex.pool", budget, 1)
         check_integer("step", "HashIndex.pool", step, 0)
-        if self._on_device:
-            return self._on_device.pool(hidden_ND, budget, step=step)
         codes_NLV = self.family.hash_queries(hidden_ND)
         ids = self.tables.pool(codes_NLV, budget, step=step)
         return torch.from_numpy(ids).to(hidden_ND.device)
+
+    def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
+        """As `pool`, of a size that does not depend on the answer; see `DeviceCandidateIndex.padded_pool`."""
+        if not self._on_device:
+            return padded(self.pool(hidden_ND, budget, step=step), min(budget, self.num_classes))
+        self._require_built("padded_pool")
+        check_hidden("HashIndex.padded_pool", hidden_ND, self.in_features)
+        check_integer("budget", "HashIndex.padded_pool", budget, 1)
+        check_integer("step", "HashIndex.padded_pool", step, 0)
+        return self._on_device.pool(hidden_ND, budget, step=step)
 
     def drift(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None, sample_ids: torch.Tensor) -> float:
         """Share of the sampled rows' codes, over all tables, that differ from those in the tables."""
@@ -281,7 +312,7 @@ class HashIndex:
         if not self._built:
             raise ConfigError(f"HashIndex.{method} was called before build; build the index first.")
         if self._on_device:
-            self._on_device.raise_late(wait=method != "query")
+            self._on_device.raise_late(wait=method not in ("query", "padded_pool"))
 
     def _go_to(self, device: torch.device) -> None:
         """Keep hash functions and tables where the weights are from now on."""

@@ -157,6 +157,31 @@ class CandidateIndex(Protocol):
         ...
 
 
+class DeviceCandidateIndex(CandidateIndex, Protocol):
+    """A `CandidateIndex` that can answer where the weights are, on a CUDA device, without waiting for it.
+
+    Attributes:
+        runs_on_cuda: Whether it does; a class may have instances that do and others that do not.
+        bytes_on_device: Memory that it needs there at most, which is while it is built or asked.
+    """
+
+    @property
+    def runs_on_cuda(self) -> bool: ...  # noqa: D102
+    @property
+    def bytes_on_device(self) -> int: ...  # noqa: D102
+
+    def require_cuda(self) -> None:
+        """Raises ConfigError, naming it, for a setting that has no CUDA implementation."""
+        ...
+
+    def padded_pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int = 0) -> torch.Tensor:
+        """As `pool`, of a size that does not depend on the answer: int64 (min(budget, C),), -1 after the last class.
+
+        Nor does `query` wait for the device. A hidden vector that is not finite is told of by a later call.
+        """
+        ...
+
+
 _FACTORIES: dict[str, Callable[..., CandidateIndex]] = {}
 _SETTINGS: dict[str, dict[str, Any]] = {}
 _Factory = TypeVar("_Factory", bound="Callable[..., Any]")
@@ -231,6 +256,11 @@ def make_index(
     check_integer("num_classes", "make_index", num_classes, 1, 2**31 - 2)
     check_integer("seed", "make_index", seed, 0, 2**63 - 1)
     return _FACTORIES[name](in_features, num_classes, seed=seed, **settings)
+
+
+def padded(ids: torch.Tensor, size: int) -> torch.Tensor:
+    """The ids with -1 after them, up to `size`."""
+    return torch.nn.functional.pad(ids, (0, size - len(ids)), value=-1)
 
 
 def is_cuda(device: torch.device) -> bool:

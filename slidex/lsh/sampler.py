@@ -43,6 +43,7 @@ class ClassSampler:
         self.power = power
         self._seed = seed
         self._bounds: np.ndarray | None = None
+        self._device_bounds: torch.Tensor | None = None
         if power > 0:
             self._bounds = _bounds(num_classes, class_counts, power)
 
@@ -93,14 +94,19 @@ class ClassSampler:
         """
         check_integer("count", "ClassSampler.inclusion_probability", count, 0)
         check_class_ids("ids", "ClassSampler.inclusion_probability", ids, self.num_classes)
+        return self.inclusion_within(ids, count)
+
+    def inclusion_within(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """As `inclusion_probability`, of ids of any shape that are known to be in range; waits for no device."""
         if self._bounds is None:
             share = min(1.0, count / self.num_classes)
-            return torch.full((len(ids),), share, dtype=torch.float64)
-        places = ids.cpu().numpy()
-        begin, end = self._bounds[places] * count, self._bounds[places + 1] * count
-        left, right = np.ceil(begin) - begin, end - np.floor(end)
-        straddling = np.where(np.ceil(begin) < np.floor(end), 1.0, 1.0 - (1.0 - left) * (1.0 - right))
-        return torch.from_numpy(np.where(np.ceil(begin) > np.floor(end), end - begin, straddling))
+            return torch.full(ids.shape, share, dtype=torch.float64, device=ids.device)
+        if self._device_bounds is None or self._device_bounds.device != ids.device:
+            self._device_bounds = torch.from_numpy(self._bounds).to(ids.device)
+        begin, end = self._device_bounds[ids] * count, self._device_bounds[ids + 1] * count
+        left, right = begin.ceil() - begin, end - end.floor()
+        straddling = torch.where(begin.ceil() < end.floor(), 1.0, 1 - (1 - left) * (1 - right))
+        return torch.where(begin.ceil() > end.floor(), end - begin, straddling)
 
 
 def _bounds(num_classes: int, class_counts: torch.Tensor | np.ndarray | None, power: float) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
+from slidex.lsh.mixing import hash_key, mix_ids
 
 if TYPE_CHECKING:
     from slidex.data.csr import CsrArrays
@@ -30,13 +31,15 @@ class Pool:
     """The classes a whole batch is scored on (shared mode).
 
     Args:
-        ids_U: int64 (U,), unique: the batch's true classes, then retrieved, then random ones.
+        ids_U: int64 (U,), unique: the batch's true classes, then retrieved, then random ones; on a device with -1 in
+            places without a class.
         offset_U: float (U,), log of the weight each class has in the softmax's denominator; None means all 0.
         target_indptr: int64 (N + 1,), rows of `target_positions`.
         target_positions: int64 (P_total,), position in `ids_U` of every true class of every row.
         target_weights: float64 (P_total,), share of the row's target mass: 1 / (true classes of the row).
-        retrieved: How many of `ids_U` came from the index.
+        retrieved: How many of `ids_U` came from the index; on a device a number there, as the next.
         random: How many of `ids_U` are random classes.
+        target_rows: int64 (P_total,), row of every true class; None where `target_indptr` is to be asked.
     """
 
     ids_U: torch.Tensor
@@ -44,8 +47,9 @@ class Pool:
     target_indptr: torch.Tensor
     target_positions: torch.Tensor
     target_weights: torch.Tensor
-    retrieved: int
-    random: int
+    retrieved: int | torch.Tensor
+    random: int | torch.Tensor
+    target_rows: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +60,13 @@ class ActiveSets:
         active_NA: int64 (N, A), unique within a row, padded with -1.
         target_NA: float (N, A), target mass of each slot; a row sums to 1, or to 0 if it has no true class.
         offset_NA: float (N, A), log weight of each slot in the softmax's denominator; None means all 0.
-        count: Slots that are no padding.
+        count: Slots that are no padding; on a device a number there.
     """
 
     active_NA: torch.Tensor
     target_NA: torch.Tensor
     offset_NA: torch.Tensor | None
-    count: int
+    count: int | torch.Tensor
 
 
 class CandidateSelector:
@@ -86,6 +90,9 @@ class CandidateSelector:
               frequent classes.
         class_counts: int64 (C,), training frequency; needed by ``logq`` in shared mode.
         seed: Keys the draw of `batch` classes.
+
+    Attributes:
+        label_share: float64 (C,), share of all labels that each class has, for ``logq``; else None.
 
     Raises:
         ConfigError: if `correction` is unknown, if nothing but true classes would be active, or for ``logq`` with
@@ -122,9 +129,9 @@ class CandidateSelector:
         self.index, self.sampler = index, sampler
         self.retrieved, self.random = min(retrieved, num_classes), min(random, num_classes)
         self.batch, self.correction, self._seed = batch, correction, seed
-        self._label_share = None
+        self.label_share = None
         if correction == "logq" and class_counts is not None:
-            self._label_share = class_counts / max(1, class_counts.sum())
+            self.label_share = class_counts / max(1, class_counts.sum())
         self._slot_C = np.full(num_classes, -1, dtype=np.int32)
 
     def pool(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Pool:
@@ -133,11 +140,7 @@ class CandidateSelector:
         Raises:
             ConfigError: if the selector was made with `batch` classes, which are for per-sample mode.
         """
-        if self.batch:
-            raise ConfigError(
-                "The 'batch' parameter of CandidateSelector must be 0 for a shared pool, which has all true classes "
-                f"of the batch. Got {self.batch} instead."
-            )
+        no_batch_in_a_pool(self)
         retrieved = np.empty(0, dtype=np.int64)
         if self.index is not None and self.retrieved:
             retrieved = self.index.pool(hidden_ND, self.retrieved, step=step).numpy()
@@ -183,9 +186,13 @@ class CandidateSelector:
             return np.empty(0, dtype=np.int64)
         classes = np.unique(labels.indices).astype(np.int64)
         if len(classes) > self.batch:
-            bits = np.random.Philox(key=[self._seed, 0], counter=[0, 0, 0, step])
-            classes = np.random.Generator(bits).choice(classes, self.batch, replace=False, shuffle=False)
+            hashes = mix_ids(torch.from_numpy(classes), self.batch_key(step)).numpy()
+            classes = classes[np.argpartition(hashes, self.batch)[: self.batch]]
         return classes
+
+    def batch_key(self, step: int) -> int:
+        """Settles the draw of `batch` classes: those of the smallest hashes with this key."""
+        return hash_key(self._seed ^ step)
 
     def _tail_log_weight(
         self, ids: np.ndarray, exact: np.ndarray | int, tail: np.ndarray | int
@@ -208,13 +215,22 @@ class CandidateSelector:
             return None
         exact = int(counts[0] + counts[1])
         offset_U = np.zeros(len(ids_U))
-        if self.correction == "logq" and self._label_share is not None:
+        if self.correction == "logq" and self.label_share is not None:
             true_U = ids_U[: counts[0]]
-            missed = (1.0 - self._label_share[true_U]) ** num_labels
+            missed = (1.0 - self.label_share[true_U]) ** num_labels
             missed *= 1.0 - self._inclusion(true_U)
             offset_U[: counts[0]] = -np.log1p(-np.minimum(missed, 1.0 - 1e-9))
         offset_U[exact:] = self._tail_log_weight(ids_U[exact:], exact, len(ids_U) - exact)
         return offset_U
+
+
+def no_batch_in_a_pool(selector: CandidateSelector) -> None:
+    """ConfigError if the selector was made with `batch` classes, which a shared pool has anyway."""
+    if selector.batch:
+        raise ConfigError(
+            "The 'batch' parameter of CandidateSelector must be 0 for a shared pool, which has all true classes "
+            f"of the batch. Got {selector.batch} instead."
+        )
 
 
 def label_weights(labels: CsrArrays) -> torch.Tensor:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
-from slidex.kernels.cpu import pair_logits
 from slidex.lsh import exact_topk_and_total
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex
+    from slidex.nn.placement import Placement
     from slidex.nn.ranker import LinearRanker
     from slidex.nn.sharding import Shard
     from slidex.train.config import TrainConfig
@@ -120,10 +120,26 @@ class Classifier:
         )
         return cls(encoder, head, selector.index if selector is not None else None)
 
+    def place(self, placement: Placement, index_name: str | None = None) -> None:
+        """Goes to a device.
+
+        Args:
+            placement: Where to.
+            index_name: Of the index that is to propose classes in training, which must then be built there anew; None
+                for a model that only predicts.
+
+        Raises:
+            ConfigError: The index does not work there, or classes are sharded.
+        """
+        self.encoder.place(placement)
+        self.head.place(placement, index_name)
+
     def topk(
         self, x: CsrArrays, k: int, *, indexed: bool = False
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Scores float32 (n, k) and class ids int64 (n, k) of the best classes, for consecutive blocks of rows.
+
+        They are on the CPU, wherever the model is.
 
         Args:
             x: Rows of features.
@@ -181,7 +197,8 @@ class Classifier:
                     found = exact_topk_and_total(hidden_ND, self.head.weight, self.head.bias, wanted)
                 else:
                     found = *self.head.topk(hidden_ND, wanted), None
-                logits_NK, ids_NK, log_total_N = found
+                logits_NK, ids_NK = found[0].cpu(), found[1].cpu()
+                log_total_N = None if found[2] is None else found[2].cpu()
                 if self.ranker is None:
                     yield Ranked(logits_NK, ids_NK, logits_NK, log_total_N)
                     continue
@@ -214,7 +231,7 @@ class Classifier:
             ids_NA: int64, padded with -1.
         """
         with torch.no_grad():
-            logits_NA = pair_logits(self.encoder(x), self.head.weight, self.head.bias, ids_NA)
+            logits_NA = self.head.logits(self.encoder(x), ids_NA.to(self.head.weight.device)).cpu()
         return logits_NA if self.ranker is None else self.ranker.scores(x, logits_NA, ids_NA)
 
     def partition_estimator(self, k: int) -> PartitionEstimator:

@@ -13,16 +13,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
-from slidex.data.csr import CsrArrays
 from slidex.kernels import RowState, StepSettings
-from slidex.kernels import cpu as kernels
+from slidex.nn import placement as placements
+from slidex.nn.bag_inputs import BagInputs, InputRules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from slidex.data.csr import CsrArrays
+    from slidex.nn.placement import Placement
 
 
 class BagEncoder(nn.Module):
@@ -52,8 +54,9 @@ class BagEncoder(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.input_dropout, self.hidden_dropout = input_dropout, hidden_dropout
-        self.normalize, self.seed = normalize, seed
+        self.hidden_dropout = hidden_dropout
+        self.rules = InputRules(normalize, input_dropout, hidden_dropout, (width, *dense_widths), seed)
+        self._placement = placements.place(torch.device("cpu"))
         self.out_features = dense_widths[-1] if dense_widths else width
         generator = torch.Generator().manual_seed(seed)
         # Unit-norm inputs give pre-activations of variance 1 / D: the hidden vector starts with norm about 0.7.
@@ -68,33 +71,38 @@ class BagEncoder(nn.Module):
             nn.init.zeros_(layer.bias)
             self.dense.append(layer)
 
-    def forward(self, x: CsrArrays, step: int | None = None) -> torch.Tensor:
+    def place(self, placement: Placement) -> None:
+        """Goes where a model is to be, with the state of its optimiser."""
+        self.to(placement.device)
+        self.bag_state, self._placement = self.bag_state.to(placement.device), placement
+
+    def forward(self, x: CsrArrays | BagInputs, step: int | None = None) -> torch.Tensor:
         """Hidden vectors of a batch: float32 (N, H).
 
         Args:
-            x: N rows of features.
+            x: N rows of features, or what `rules` made of them, where the encoder is.
             step: Keys the dropout masks of a training step; None means no dropout.
         """
-        x, masks = self._inputs(x, step), self._masks(step, x.num_rows, slice(None))
-        return self._dense_layers(self._bag_layer(x, masks), masks)
+        inputs = self._inputs(x, step)
+        return self._dense_layers(self._bag_layer(inputs), inputs.keep[1:])
 
     def forward_train(
-        self, x: CsrArrays, step: int, rows: slice | None = None
+        self, x: CsrArrays | BagInputs, step: int, rows: slice | None = None
     ) -> tuple[torch.Tensor, TrainingGraph]:
         """As `forward`, with what `backward` needs to continue from the hidden vectors' gradient.
 
         Args:
-            x: N rows of features.
+            x: N rows of features, or what `rules` made of them for this step, where the encoder is.
             step: Keys the dropout masks.
             rows: The consecutive rows of `x` to do; None does all. Masks do not depend on it.
         """
-        rows = rows or slice(0, x.num_rows)
-        x, masks = self._inputs(x, step), self._masks(step, x.num_rows, rows)
-        bag_ND = self._bag_layer(x.slice(rows.start, rows.stop), masks)
+        whole = self._inputs(x, step)
+        inputs = whole.rows(rows or slice(0, whole.num_rows))
+        bag_ND = self._bag_layer(inputs)
         if not self.dense:
-            return bag_ND, TrainingGraph(x, bag_ND, None)
-        hidden_NH = self._dense_layers(bag_ND.requires_grad_(), masks)
-        return hidden_NH.detach(), TrainingGraph(x, bag_ND, hidden_NH)
+            return bag_ND, TrainingGraph(whole, bag_ND, None)
+        hidden_NH = self._dense_layers(bag_ND.requires_grad_(), inputs.keep[1:])
+        return hidden_NH.detach(), TrainingGraph(whole, bag_ND, hidden_NH)
 
     def backward(
         self,
@@ -126,65 +134,26 @@ class BagEncoder(nn.Module):
             grad_bag_ND = gather(grad_bag_ND)
         grad_D = grad_bag_ND.sum(0)
         self.bias.grad = grad_D if self.bias.grad is None else self.bias.grad + grad_D
-        kernels.embedding_bag_update(
-            torch.from_numpy(x.indptr),
-            torch.from_numpy(x.indices),
-            None if x.values is None else torch.from_numpy(x.values),
-            grad_bag_ND,
-            self.bag,
-            self.bag_state,
-            settings,
+        self._placement.kernels.embedding_bag_update(
+            x.indptr, x.indices, x.values, grad_bag_ND, self.bag, self.bag_state, settings
         )
 
-    def _inputs(self, x: CsrArrays, step: int | None) -> CsrArrays:
-        x = x.unit_rows() if self.normalize else x
-        values = x.values
-        if step is not None and self.input_dropout > 0:
-            rng = np.random.Generator(np.random.Philox(key=[self.seed, step]))
-            keep = rng.random(len(x.indices), dtype=np.float32) >= self.input_dropout
-            scale = np.float32(1 / (1 - self.input_dropout))
-            values = keep * scale if values is None else values * (keep * scale)
-        if values is x.values:
-            return x
-        return CsrArrays(x.indptr, x.indices, values, x.num_columns)
+    def _inputs(self, x: CsrArrays | BagInputs, step: int | None) -> BagInputs:
+        return x if isinstance(x, BagInputs) else self.rules.apply(x, step).to(self._placement)
 
-    def _bag_layer(self, x: CsrArrays, masks: DropoutMasks | None) -> torch.Tensor:
-        values = None if x.values is None else torch.from_numpy(x.values)
-        sums_ND = kernels.embedding_bag(
-            torch.from_numpy(x.indptr), torch.from_numpy(x.indices), values, self.bag, self.bias.detach()
+    def _bag_layer(self, x: BagInputs) -> torch.Tensor:
+        sums_ND = self._placement.kernels.embedding_bag(
+            x.indptr, x.indices, x.values, self.bag, self.bias.detach()
         )
-        return self._dropout(sums_ND.relu_(), masks)
+        return self._dropout(sums_ND.relu_(), x.keep[0] if x.keep else None)
 
-    def _dense_layers(self, hidden: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
-        for layer in self.dense:
-            hidden = self._dropout(torch.relu(layer(hidden)), masks)
+    def _dense_layers(self, hidden: torch.Tensor, keep: Sequence[torch.Tensor]) -> torch.Tensor:
+        for layer, mask in itertools.zip_longest(self.dense, keep):
+            hidden = self._dropout(torch.relu(layer(hidden)), mask)
         return hidden
 
-    def _masks(self, step: int | None, num_rows: int, rows: slice) -> DropoutMasks | None:
-        if step is None or self.hidden_dropout == 0:
-            return None
-        return DropoutMasks(torch.Generator().manual_seed(self.seed * 1_000_003 + step), num_rows, rows)
-
-    def _dropout(self, hidden: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
-        if masks is None:
-            return hidden
-        drawn = torch.rand((masks.num_rows, hidden.shape[1]), generator=masks.generator)[masks.rows]
-        return hidden * (drawn >= self.hidden_dropout) / (1 - self.hidden_dropout)
-
-
-@dataclass(frozen=True, slots=True)
-class DropoutMasks:
-    """Where a step's dropout masks come from.
-
-    Args:
-        generator: Gives those of a layer's whole batch, of one layer after the other.
-        num_rows: N, rows of the batch.
-        rows: Those that are computed.
-    """
-
-    generator: torch.Generator
-    num_rows: int
-    rows: slice
+    def _dropout(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        return hidden if mask is None else hidden * mask / (1 - self.hidden_dropout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +166,6 @@ class TrainingGraph:
         hidden_NH: The last dense layer with its autograd graph; None where there is none.
     """
 
-    x: CsrArrays
+    x: BagInputs
     bag_ND: torch.Tensor
     hidden_NH: torch.Tensor | None

@@ -58,7 +58,9 @@ def lsh_softmax(
 
     Raises:
         ConfigError: An argument has another shape or type or is out of its range; with `sampling`, if the layer is
-            not in float32 or float64 on the CPU.
+            neither in float32 or float64 on the CPU nor in float32, bfloat16 or float16 on a CUDA device.
+        MissingExtraError: with `sampling`, the packages for a CUDA device are not installed.
+        DeviceError: with `sampling`, the device cannot be used.
     """
     check_arguments(input, linear_weight, linear_bias, reduction, label_smoothing)
     check_class_weights(weight, len(linear_weight) if sampling is None else sampling.total_classes)

@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from slidex.data.csr import CsrArrays
 from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.lsh import exact_topk
+from slidex.nn import placement as placements
 from slidex.nn.candidates import label_weights
-from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer, best_candidates
+from slidex.nn.scoring import Rows, Scored, Scorer, best_candidates
+from slidex.nn.smoothing import LabelMass
 
 if TYPE_CHECKING:
-    from slidex.data.csr import CsrArrays
     from slidex.nn.candidates import CandidateSelector
+    from slidex.nn.device_labels import DeviceLabels
+    from slidex.nn.placement import Placement
     from slidex.nn.sharding import Shard
 
 INITIAL_ROWS = 1 << 16
@@ -78,6 +82,7 @@ class SampledHead(nn.Module):
         # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
         start = -math.log(num_classes) if loss == "logistic" else 0.0
         self.bias = nn.Parameter(torch.full((len(weight_CD),), start), requires_grad=False)
+        self._placement = placements.place(torch.device("cpu"))
         self.weight_state = RowState.zeros_like(self.weight, optimizer)
         self.bias_state = RowState.zeros_like(self.bias, optimizer)
 
@@ -96,16 +101,28 @@ class SampledHead(nn.Module):
         """What chooses the active classes; None in ``exact`` mode."""
         return self.scorer.selector
 
-    def score(self, hidden_ND: torch.Tensor, labels: CsrArrays, step: int) -> Scored:
+    def place(self, placement: Placement, index_name: str | None = None) -> None:
+        """Goes where a model is to be, with the state of its optimiser; without an `index_name` it cannot train there.
+
+        Raises:
+            ConfigError: The index does not work there, or classes are sharded.
+        """
+        if index_name is not None:
+            self.scorer.place(placement, index_name)
+        self.to(placement.device)
+        self.weight_state = self.weight_state.to(placement.device)
+        self.bias_state, self._placement = self.bias_state.to(placement.device), placement
+
+    def score(self, hidden_ND: torch.Tensor, labels: CsrArrays | DeviceLabels, step: int) -> Scored:
         """Loss of every row over its active classes, and the gradient of their mean that `update` will apply.
 
         Args:
             hidden_ND: float32 (N, D), detached.
-            labels: True classes of the N rows, of all processes.
+            labels: True classes of the N rows, of all processes; `DeviceLabels` where the head is on a device.
             step: Keys all randomness, so that a step can be repeated.
         """
         scale, mass = 1 / max(1, len(hidden_ND)), None
-        if self.shard is not None:
+        if self.shard is not None and isinstance(labels, CsrArrays):
             weights = label_weights(labels).numpy()
             labels = self.shard.local(replace(labels, values=weights))
             mass = LabelMass(torch.from_numpy(labels.values))
@@ -120,6 +137,10 @@ class SampledHead(nn.Module):
         grad_hidden_ND = self.scorer.hidden_grad(scored)
         self.scorer.update(scored, Rows(self.weight, self.bias), self.weight_state, self.bias_state, settings)
         return grad_hidden_ND
+
+    def logits(self, hidden_ND: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
+        """Scores of each row's own classes, float32 (N, A), -inf at pads; `ids_NA` int64, padded with -1."""
+        return self._placement.kernels.pair_logits(hidden_ND, self.weight, self.bias, ids_NA)
 
     @torch.no_grad()
     def topk(
@@ -145,7 +166,8 @@ class SampledHead(nn.Module):
             raise ConfigError(
                 "The 'candidates_NA' parameter of SampledHead.topk must be None for a sharded head."
             )
-        return best_candidates(Rows(self.weight, self.bias), hidden_ND, candidates_NA, k)
+        rows = Rows(self.weight, self.bias)
+        return best_candidates(rows, hidden_ND, candidates_NA, k, self._placement.kernels)
 
 
 def _initial_weight(in_features: int, num_classes: int, seed: int, shard: Shard | None) -> torch.Tensor:

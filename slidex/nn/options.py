@@ -55,7 +55,7 @@ class SamplingSettings:
     )
     precision: str = setting(
         "auto",
-        "Matrix products of exact and shared mode; auto is bfloat16 where the CPU has instructions for it.",
+        "Matrix products of exact and shared mode; auto is bfloat16 where the CPU or GPU has instructions for it.",
         choices=("auto", "float32", "bfloat16"),
     )
 

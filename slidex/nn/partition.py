@@ -46,10 +46,12 @@ class PartitionEstimator:
     def __init__(self, weight_CD: torch.Tensor, bias_C: torch.Tensor, count: int, *, seed: int) -> None:
         check_integer("count", "PartitionEstimator", count, 1)
         self.num_classes = len(weight_CD)
-        self.ids_S = ClassSampler(self.num_classes, seed=seed).sample(count, 0, _STREAM).sort().values
+        ids_S = ClassSampler(self.num_classes, seed=seed).sample(count, 0, _STREAM).sort().values
+        self.ids_S = ids_S.to(weight_CD.device)
         self._rows_SD, self._bias_S = weight_CD.detach()[self.ids_S], bias_C.detach()[self.ids_S]
-        self._place_C = torch.full((self.num_classes,), -1, dtype=torch.int32)
-        self._place_C[self.ids_S] = torch.arange(len(self.ids_S), dtype=torch.int32)
+        self._place_C = torch.full((self.num_classes,), -1, dtype=torch.int32, device=ids_S.device)
+        self._place_C[ids_S] = torch.arange(len(ids_S), dtype=torch.int32)
+        self._place_C = self._place_C.to(weight_CD.device)
 
     def log_total(
         self, hidden_ND: torch.Tensor, candidates_NA: torch.Tensor, logits_NA: torch.Tensor

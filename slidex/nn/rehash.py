@@ -12,14 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from slidex.lsh import ClassSampler
 from slidex.nn.class_record import TOUCHED
 from slidex.nn.selection import DRIFT_ROWS, rehash_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    import torch
 
     from slidex.lsh import CandidateIndex
     from slidex.lsh.index import QuerySample
@@ -99,7 +99,7 @@ class Rehasher:
         fitted_lately = self._updated_rows + len(touched) <= self._index.num_classes
         if not few or not fitted_lately:
             return self.build(step)
-        self._index.update(self._head.weight, self._head.bias, torch.from_numpy(touched))
+        self._index.update(self._head.weight, self._head.bias, touched)
         self._updated_rows += len(touched)
         return self._done(step, Rehash(updated=True, rows=len(touched)))
 

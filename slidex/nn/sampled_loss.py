@@ -5,39 +5,17 @@ Legend: N rows in a batch, C classes of this process, D hidden width, U classes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from slidex.nn.scoring import LabelMass, Rows, Scored
+from slidex.nn.scoring import Rows, Scored
 
 if TYPE_CHECKING:
-    from slidex.data.csr import CsrArrays
+    from slidex.nn.loss_batch import Batch
     from slidex.nn.sampling import Sampling
-    from slidex.nn.sharding import Shard
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What a loss is of, beside the layer.
-
-    Args:
-        hidden_ND: The rows that are scored, of all processes.
-        labels: Their true classes, as far as they are classes of this process.
-        mass: Of the labels.
-        scale: What the reduction makes of the loss of each row of this process.
-        reduction: ``mean``, ``sum`` or ``none``.
-        counts: Rows of each process.
-    """
-
-    hidden_ND: torch.Tensor
-    labels: CsrArrays
-    mass: LabelMass | None
-    scale: float
-    reduction: str
-    counts: list[int]
 
 
 class SampledLoss(torch.autograd.Function):
@@ -55,7 +33,7 @@ class SampledLoss(torch.autograd.Function):
         """The loss, as `batch.reduction` says, of this process's rows."""
         del hidden_ND  # in `batch`, with those of other processes
         shard = sampling.shard
-        with torch.autocast("cpu", enabled=False):  # `precision` says how products are made
+        with torch.autocast(weight_CD.device.type, enabled=False):  # `precision` says how products are made
             scored = sampling.scorer.score(
                 Rows(weight_CD, bias_C),
                 batch.hidden_ND,
@@ -80,11 +58,15 @@ class SampledLoss(torch.autograd.Function):
         if upstream is None:
             return (None,) * 5
         sampling, (weight_CD, bias_C) = ctx.sampling, ctx.layer
-        with torch.autocast("cpu", enabled=False):
-            scored = _upstreamed(sampling.shard, ctx.batch, ctx.scored, upstream)
+        with torch.autocast(weight_CD.device.type, enabled=False):
+            scored = _upstreamed(sampling, ctx.batch, ctx.scored, upstream)
+            updates = sampling.fused and any(ctx.needs_input_grad[1:3])
+            keep = sampling.check(scored, ctx.batch.wrong) if updates and not ctx.updated else None
             hidden_grad_ND = weight_grad = bias_grad = None
             if ctx.needs_input_grad[0]:
                 hidden_grad_ND = sampling.scorer.hidden_grad(scored)
+                if keep is not None:
+                    hidden_grad_ND = hidden_grad_ND.where(keep, 0)
                 if sampling.shard is not None:
                     hidden_grad_ND = sampling.shard.reduce(hidden_grad_ND)
                     hidden_grad_ND = sampling.shard.take_own(hidden_grad_ND, ctx.batch.counts)
@@ -94,23 +76,24 @@ class SampledLoss(torch.autograd.Function):
                 scored.grad.div_(sampling.shard.size)
             if not sampling.fused:
                 ids_U, grad_UD, grad_U = sampling.scorer.rows_grad(scored)
-                sparse = sampling.options.sparse_grad
+                kind = {"sparse": sampling.options.sparse_grad, "distinct": not sampling.scorer.pads}
                 if ctx.needs_input_grad[1]:
-                    weight_grad = _row_gradient(ids_U, grad_UD, weight_CD, sparse)
+                    weight_grad = _row_gradient(ids_U, grad_UD, weight_CD, **kind)
                 if ctx.needs_input_grad[2]:
-                    bias_grad = _row_gradient(ids_U, grad_U, bias_C, sparse)
+                    bias_grad = _row_gradient(ids_U, grad_U, bias_C, **kind)
             elif ctx.updated:
                 raise RuntimeError("backward has updated the layer's rows already: run forward again first")
             else:
-                sampling.update(scored, weight_CD, bias_C)
+                sampling.update(scored if keep is None else scored.masked(keep), weight_CD, bias_C)
                 ctx.updated = True
         return hidden_grad_ND, weight_grad, bias_grad, None, None
 
 
-def _upstreamed(shard: Shard | None, batch: Batch, scored: Scored, upstream: torch.Tensor) -> Scored:
+def _upstreamed(sampling: Sampling, batch: Batch, scored: Scored, upstream: torch.Tensor) -> Scored:
     """What was scored, its gradient times that of the loss."""
+    shard = sampling.shard
     if shard is None:
-        if not upstream.dim() and upstream == 1:
+        if sampling.placement.waits and not upstream.dim() and upstream == 1:
             return scored
         return replace(scored, grad=scored.grad * (upstream[:, None] if upstream.dim() else upstream))
     own_N = (upstream * batch.scale).expand(batch.counts[shard.rank])
@@ -119,11 +102,13 @@ def _upstreamed(shard: Shard | None, batch: Batch, scored: Scored, upstream: tor
 
 
 def _row_gradient(
-    ids_U: torch.Tensor, grad: torch.Tensor, parameter: torch.Tensor, sparse: bool
+    ids_U: torch.Tensor, grad: torch.Tensor, parameter: torch.Tensor, *, sparse: bool, distinct: bool
 ) -> torch.Tensor:
-    """The gradient of a parameter of which only the rows `ids_U`, ascending, have one."""
+    """The gradient of a parameter of which only the rows `ids_U`, ascending, have one; repeated ones add up."""
+    grad = grad.to(parameter.dtype)
     if sparse:
         return torch.sparse_coo_tensor(
-            ids_U[None], grad, parameter.shape, is_coalesced=True, check_invariants=False
+            ids_U[None], grad, parameter.shape, is_coalesced=distinct, check_invariants=False
         )
-    return torch.zeros_like(parameter).index_copy_(0, ids_U, grad)
+    whole = torch.zeros_like(parameter)
+    return whole.index_copy_(0, ids_U, grad) if distinct else whole.index_add_(0, ids_U, grad)

@@ -2,6 +2,9 @@
 
 One object of it belongs to one layer. Its loss is one autograd node, `slidex.nn.sampled_loss.SampledLoss`.
 
+Where the layer is on a GPU, a step reads nothing back: what a loss or a target has wrong keeps the update from being
+written, and is raised by a later call (`slidex.late`).
+
 Where the layer is sharded over processes, each of them scores the rows of all on its own classes. As in
 DistributedDataParallel, every process's loss is of its own rows, and gradients of rows of the layer are means over
 processes; so those of an encoder wrapped in it and those of the layer belong to one and the same loss.
@@ -12,33 +15,36 @@ Legend: N rows in a batch, C classes of this process, D hidden width, U classes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from slidex.data.csr import CsrArrays
 from slidex.errors import ConfigError, DivergedError
-from slidex.kernels import RowState, StepSettings
+from slidex.late import LateErrors
 from slidex.lsh.index import QuerySample
+from slidex.nn import placement as placements
 from slidex.nn.class_record import SEEN, ClassRecord
-from slidex.nn.functional import label_mass
+from slidex.nn.loss_batch import Asked, device_batch, host_batch
+from slidex.nn.memory import index_bytes, layer_advice, optimizer_bytes, require_memory, step_bytes
 from slidex.nn.rehash import Rehasher
-from slidex.nn.sampled_loss import Batch, SampledLoss
-from slidex.nn.scoring import LabelMass, Rows, Scored, Scorer
-from slidex.nn.selection import SEEDS_APART, make_config_index, make_selector, settle_sampling
-from slidex.nn.targets import as_labels
+from slidex.nn.row_updates import RowUpdater
+from slidex.nn.sampled_loss import SampledLoss
+from slidex.nn.scoring import Rows, Scored, Scorer
+from slidex.nn.selection import SEEDS_APART, checked_counts, make_config_index, make_selector, settle_sampling
+from slidex.nn.targets import wrong_target
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from slidex.data.csr import CsrArrays
     from slidex.lsh import CandidateIndex, IndexStats
+    from slidex.nn.device_labels import DeviceLabels
     from slidex.nn.options import SamplingOptions
+    from slidex.nn.placement import Placement
     from slidex.nn.sharding import Shard
-
-DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,7 @@ class Sampling:
         shard: Which of them are this process's; None means all.
 
     Attributes:
-        learning_rate: Of the fused updates; set it before a backward pass, as a schedule wants.
+        placement: Where the layer was at the last loss.
 
     Raises:
         ConfigError: if settings do not fit each other or the layer.
@@ -86,7 +92,7 @@ class Sampling:
         self.options, self.shard, self.total_classes = options, shard, num_classes
         self.settings = settle_sampling(options)
         own = slice(0, num_classes) if shard is None else slice(shard.begin, shard.end)
-        counts = _checked_counts(options.class_counts, num_classes)
+        counts = checked_counts(options.class_counts, num_classes)
         counts, num_classes = None if counts is None else counts[own], own.stop - own.start
         if self.settings.correction == "logq" and self.settings.mode == "shared" and counts is None:
             raise ConfigError(
@@ -98,18 +104,20 @@ class Sampling:
             self.settings.mode, precision=self.settings.precision, selector=selector, shard=shard
         )
         self.in_features, self.num_classes = in_features, num_classes
-        self.learning_rate = options.learning_rate
-        self.step = self.updates = self.rehashes = 0
+        self._updater = RowUpdater(options)
+        self.step = self.rehashes = 0
         self.rows = Rows(torch.empty(0, in_features), None)
-        self.states: tuple[RowState, RowState | None] | None = None
         self._record = ClassRecord(num_classes)
-        self._active, self._recent = 0.0, list[tuple[torch.Tensor, Any]]()
+        self._late = LateErrors()
+        self._active: float | torch.Tensor = 0.0
+        self._recent = list[tuple[torch.Tensor, Any]]()
         self._rehasher, self._stale = None, True
         self._prediction: tuple[object, CandidateIndex] | None = None
         if self.index is not None:
             self._rehasher = Rehasher(
                 self.settings, self.index, self, self._record, self._queries, any_row_moves=not self.fused
             )
+        self.placement = self._place(torch.device("cpu"))
 
     @property
     def index(self) -> CandidateIndex | None:
@@ -125,6 +133,20 @@ class Sampling:
     def bias(self) -> torch.Tensor | None:
         """The layer's bias at the last loss, (C,), or None."""
         return self.rows.bias
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the fused updates; set it before a backward pass, as a schedule wants."""
+        return self._updater.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._updater.learning_rate = value
+
+    @property
+    def updates(self) -> int:
+        """Steps of the fused optimizer so far."""
+        return self._updater.updates
 
     @property
     def fused(self) -> bool:
@@ -148,38 +170,57 @@ class Sampling:
         Arguments and errors are those of `slidex.nn.functional.lsh_softmax`.
         """
         self._bind(weight_CD, bias_C)
-        hidden_ND = input_.reshape(-1, self.in_features).to(weight_CD.dtype)
-        labels = as_labels(input_, target, self.total_classes, ignore_index)
-        mass_P, mass = label_mass(labels, class_weights), None
-        total = float(mass_P.sum())
-        scale = 1 / total if reduction == "mean" and total > 0 else 1.0
-        scored_ND, counts = hidden_ND.detach(), [len(hidden_ND)]
-        if self.shard is not None:
-            if self.step == 0:
-                self._check_rows_differ(self.shard, weight_CD.detach())
-            scored_ND, counts = self.shard.gather_rows(scored_ND)
-            labels = self.shard.gather_labels(labels)
-            mass_P = label_mass(labels, class_weights)
-            labels = self.shard.local(replace(labels, values=mass_P.numpy()))
-            mass_P = torch.from_numpy(labels.values)
-            if class_weights is not None:
-                class_weights = class_weights[self.shard.begin : self.shard.end]
-        if self.shard is not None or class_weights is not None or label_smoothing > 0:
-            mass = LabelMass(mass_P, label_smoothing, class_weights)
-        self._rehash(scored_ND, labels)
-        batch = Batch(scored_ND, labels, mass, scale, reduction, counts)
+        self._late.settle(wait=False)
+        hidden_ND = input_.reshape(-1, self.in_features).to(placements.compute_dtype(weight_CD.dtype))
+        if not self._fits:
+            needed = self.memory(bias=bias_C is not None) | {
+                "a step": self._step_bytes(len(hidden_ND), target)
+            }
+            require_memory(needed, self.placement.device, layer_advice(self.settings))
+            self._fits = True
+        asked = Asked(target, class_weights, ignore_index, reduction, label_smoothing)
+        if self.shard is not None and self.step == 0:
+            self._check_rows_differ(self.shard, weight_CD.detach())
+        make = host_batch if self.placement.waits else device_batch
+        batch = make(self, hidden_ND, input_, asked)
+        if batch.wrong is not None:
+            step, classes = self.step, self.total_classes
+            self._late.expect(batch.wrong, lambda number: wrong_target(number, classes, step))
+        self._rehash(batch.hidden_ND, batch.labels)
         loss = SampledLoss.apply(hidden_ND, weight_CD, bias_C, self, batch)
         self.step += 1
         if reduction == "none":
             return loss.reshape(input_.shape[:-1])
-        return loss if total > 0 or reduction == "sum" else loss * math.nan
+        if reduction == "sum":
+            return loss
+        if isinstance(batch.total, torch.Tensor):
+            return loss * torch.ones_like(loss).where(batch.total > 0, math.nan)
+        return loss if batch.total > 0 else loss * math.nan
 
     def rehash(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         """Builds the index over these rows now, whatever the schedule says."""
         self._bind(weight_CD, bias_C)
+        self._late.settle(wait=True)
         if self._rehasher is not None:
             self._rehasher.build(self.step)
             self.rehashes, self._stale = self.rehashes + 1, False
+
+    def memory(self, *, bias: bool) -> dict[str, int]:
+        """Bytes that the layer needs beside its weights, by what they are for, as far as nothing of it is there yet."""
+        size = self.num_classes, self.in_features
+        state = optimizer_bytes(self.settings.optimizer, *size, bias=bias)
+        dense = not self.fused and not self.options.sparse_grad
+        return {
+            "optimizer state": state if self._updater.states is None else 0,
+            "gradient": 4 * size[0] * (size[1] + bias) if dense else 0,
+            "index": index_bytes(self.index),
+        }
+
+    def _step_bytes(self, num_rows: int, target: Any) -> int:
+        if isinstance(target, torch.Tensor):
+            target = target if target.layout == torch.strided else target.values()
+        labels = target.numel() if isinstance(target, torch.Tensor) else getattr(target, "nnz", num_rows)
+        return step_bytes(self.settings, self.in_features, self.num_classes, num_rows, labels)
 
     def invalidate(self) -> None:
         """Notes that the layer's weights were replaced: the index is built again before the next loss."""
@@ -206,11 +247,12 @@ class Sampling:
         return self._prediction[1]
 
     def stats(self) -> SamplingStats:
-        """What was done so far."""
+        """What was done so far; waits for it on a device, and raises what went wrong there."""
+        self._late.settle(wait=True)
         return SamplingStats(
             steps=self.step,
             updates=self.updates,
-            active_classes=self._active,
+            active_classes=float(self._active),
             classes_seen=self._record.share(SEEN),
             rehashes=self.rehashes,
             index=None if self.index is None else self.index.stats(),
@@ -218,11 +260,8 @@ class Sampling:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Step counts and the fused optimiser's state; the tensors share memory with it."""
-        state = {"counts": torch.tensor([self.step, self.updates])}
-        for name, rows in zip(("weight", "bias"), self.states or (), strict=False):
-            if rows is not None:
-                state |= {f"{name}.moment1": rows.moment1, f"{name}.moment2": rows.moment2}
-        return state
+        self._late.settle(wait=True)
+        return {"counts": torch.tensor([self.step, self.updates]), **self._updater.tensors()}
 
     def load_state_dict(
         self, state: Mapping[str, torch.Tensor], weight_CD: torch.Tensor, bias_C: torch.Tensor | None
@@ -232,28 +271,34 @@ class Sampling:
         Raises:
             ConfigError: if a tensor is missing or too much, or has another shape or dtype.
         """
-        states = self._fresh_states(weight_CD, bias_C) if self.fused and "weight.moment1" in state else None
-        expected = {"counts": torch.empty(2, dtype=torch.int64)}
-        for name, rows in zip(("weight", "bias"), states or (), strict=False):
-            if rows is not None:
-                expected |= {f"{name}.moment1": rows.moment1, f"{name}.moment2": rows.moment2}
-        found, wanted = (
-            {k: (tuple(v.shape), v.dtype) for k, v in part.items()} for part in (state, expected)
-        )
-        if found != wanted:
-            raise ConfigError(f"The 'state' parameter must hold {wanted}. Got {found} instead.")
-        for name, tensor in expected.items():
-            tensor.copy_(state[name])
-        self.step, self.updates = expected["counts"].tolist()
-        self.states = states
+        self._updater.load(state, weight_CD, bias_C)
+        self.step = int(state["counts"][0])
         self.invalidate()
 
+    def check(self, scored: Scored, wrong: torch.Tensor | None) -> torch.Tensor | None:
+        """Whether an update may be written: bool () on a device, which is told of late; on the CPU None, or an error.
+
+        Args:
+            scored: What it is of.
+            wrong: As in `slidex.nn.loss_batch.Batch`.
+
+        Raises:
+            DivergedError: On the CPU, if the loss or its gradient is not finite.
+        """
+        finite = torch.isfinite(scored.loss_N).all() & torch.isfinite(scored.grad).all()
+        step, rate = self.step, self.learning_rate
+        if self.placement.waits:
+            if not finite:
+                raise _diverged(step, rate)
+            return None
+        self._late.expect((~finite).long() - 1, lambda _: _diverged(step, rate))
+        return finite if wrong is None else finite & (wrong < 0)
+
     def update(self, scored: Scored, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
-        """The fused optimiser's step on the rows that were scored.
+        """The fused optimiser's step on the rows that were scored, which `check` has seen.
 
         Raises:
             ConfigError: if other processes have copies of these rows, which would not get this update.
-            DivergedError: if the loss or its gradient is not finite; nothing is written.
         """
         if self.shard is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError(
@@ -261,55 +306,47 @@ class Sampling:
                 f"{dist.get_world_size()} processes have copies of one head: each would update its own. Call "
                 "head.shard(group) instead, with a group of this process alone if the head is not shared."
             )
-        if not (torch.isfinite(scored.loss_N).all() and torch.isfinite(scored.grad).all()):
-            raise DivergedError(
-                f"the loss of step {self.step:,}, or its gradient, is not finite; its update was not applied. "
-                f"Lower 'learning_rate' (now {self.learning_rate:g})."
-            )
-        if self.states is None:
-            self.states = self._fresh_states(weight_CD, bias_C)
-        if self.states[0].moment2.dtype != weight_CD.dtype:  # the layer was cast
-            of_weight, of_bias = self.states
-            self.states = of_weight.to(weight_CD.dtype), of_bias and of_bias.to(weight_CD.dtype)
-        options = self.options
-        settings = StepSettings(
-            learning_rate=self.learning_rate,
-            step=self.updates + 1,
-            beta1=options.beta1,
-            beta2=options.beta2,
-            epsilon=options.epsilon,
-            weight_decay=options.weight_decay,
-        )
-        self.scorer.update(scored, Rows(weight_CD, bias_C), *self.states, settings)
-        for parameter in (weight_CD, bias_C):
-            if parameter is not None:  # kernels have written it unseen by autograd
-                torch.autograd.graph.increment_version(parameter)
-        self.updates += 1
+        self._updater.apply(self.scorer, scored, weight_CD, bias_C)
 
-    def note(self, scored: Scored, labels: CsrArrays) -> None:
+    def note(self, scored: Scored, labels: CsrArrays | DeviceLabels) -> None:
         """Notes the classes of a batch."""
         self._active = scored.active
         if self.settings.mode != "exact":
             self._record.note(scored.ids, labels)
         else:
-            self._record.flags_C1 |= SEEN
+            self._record.note_all()
+
+    def _place(self, device: torch.device) -> Placement:
+        """Computes on this device from now on."""
+        placement = placements.place(device)
+        self.scorer.place(placement, self.settings.index)
+        if self.options.precision == "auto":
+            self.scorer.precision = self.settings.precision
+            if device.type != "cpu":
+                self.scorer.precision = "bfloat16" if placement.bfloat16_products else "float32"
+        self._record.place(placement)
+        self._fits = False
+        self.invalidate()
+        return placement
 
     def _bind(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+        if weight_CD.device != self.placement.device:
+            self.placement = self._place(weight_CD.device)
+        where, dtypes = self.placement.device, self.placement.dtypes
         for name, tensor, shape in (
             ("linear_weight", weight_CD, (self.num_classes, self.in_features)),
             ("linear_bias", bias_C, (self.num_classes,)),
         ):
             if tensor is None:
                 continue
-            if tensor.device.type != "cpu":
+            if tensor.device != where:
+                raise ConfigError(f"The {name!r} parameter must be on {where}. Got {tensor.device} instead.")
+            if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+                kinds = f"{', '.join(_plain(d) for d in dtypes[:-1])} or {_plain(dtypes[-1])}"
                 raise ConfigError(
-                    f"The {name!r} parameter must be on the CPU where classes are sampled; there are no kernels for "
-                    f"other devices yet. Got {tensor.device} instead. options=None works on every device."
-                )
-            if tensor.dtype not in DTYPES or tuple(tensor.shape) != shape:
-                raise ConfigError(
-                    f"The {name!r} parameter must be float32 or float64 of shape {shape} where classes are sampled "
-                    f"(precision='bfloat16' is for the products). Got {tensor.dtype} of {tuple(tensor.shape)} instead."
+                    f"The {name!r} parameter must be {kinds} of shape {shape} where classes are sampled on "
+                    f"{where.type} (precision='bfloat16' is for the products). Got {_plain(tensor.dtype)} of "
+                    f"{tuple(tensor.shape)} instead."
                 )
         self.rows = Rows(weight_CD.detach(), None if bias_C is None else bias_C.detach())
 
@@ -323,10 +360,10 @@ class Sampling:
                 "let it wrap the rest of the model, not the head."
             )
 
-    def _rehash(self, hidden_ND: torch.Tensor, labels: CsrArrays) -> None:
+    def _rehash(self, hidden_ND: torch.Tensor, labels: CsrArrays | DeviceLabels) -> None:
         if self._rehasher is None or self.index is None:
             return
-        if self.index.uses_queries:
+        if self.index.uses_queries and isinstance(labels, CsrArrays):  # none that learns is on a device
             self._remember(hidden_ND, labels)
         if self._stale:
             self.rehash(*self.rows)
@@ -348,22 +385,13 @@ class Sampling:
         ids = np.concatenate([labels.indices for _, labels in self._recent])[: indptr[-1]].astype(np.int64)
         return QuerySample(hidden_ND[:most], torch.from_numpy(indptr), torch.from_numpy(ids))
 
-    def _fresh_states(
-        self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None
-    ) -> tuple[RowState, RowState | None]:
-        optimizer = self.settings.optimizer or "adam"
-        bias_state = None if bias_C is None else RowState.zeros_like(bias_C, optimizer)
-        return RowState.zeros_like(weight_CD, optimizer), bias_state
+
+def _diverged(step: int, rate: float) -> DivergedError:
+    return DivergedError(
+        f"the loss of step {step:,}, or its gradient, is not finite; its update was not applied. "
+        f"Lower 'learning_rate' (now {rate:g})."
+    )
 
 
-def _checked_counts(counts: Any, num_classes: int) -> np.ndarray | None:
-    """The setting 'class_counts' as float64 (C,), or None."""
-    if counts is None:
-        return None
-    values = np.asarray(counts, dtype=np.float64)
-    if values.shape != (num_classes,) or not (np.isfinite(values) & (values >= 0)).all():
-        found = f"shape {values.shape}, values from {values.min(initial=0)} to {values.max(initial=0)}"
-        raise ConfigError(
-            f"The 'class_counts' setting must hold {num_classes} finite counts of at least 0. Got {found} instead."
-        )
-    return values
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

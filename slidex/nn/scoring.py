@@ -15,22 +15,28 @@ all.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.kernels import cpu as kernels
-from slidex.nn.candidates import label_weights
+from slidex.kernels import cpu
+from slidex.nn.device_candidates import DeviceSelector
+from slidex.nn.label_places import PlacedLabels, class_places, first_slots
 from slidex.nn.sharding import Targets, sharded_softmax_loss
+from slidex.nn.smoothing import smoothed_softmax, softmax
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from slidex.data.csr import CsrArrays
     from slidex.kernels import RowState, StepSettings
     from slidex.nn.candidates import ActiveSets, CandidateSelector
+    from slidex.nn.device_labels import DeviceLabels
+    from slidex.nn.placement import Placement
     from slidex.nn.sharding import Shard
+    from slidex.nn.smoothing import LabelMass
 
 MODES = ("exact", "shared", "per_sample")
 LOSSES = ("softmax", "logistic")
@@ -51,28 +57,15 @@ class Rows(NamedTuple):
     bias: torch.Tensor | None
 
 
-class LabelMass(NamedTuple):
-    """How much each label counts in a softmax, where that is not 1 / (labels of its row).
-
-    Args:
-        weights: float (P,), mass of every stored label.
-        smoothing: Share of the mass that is spread over all classes instead (Szegedy et al., 2016), in [0, 1].
-        class_weights: float (C,), factor of each class's part of what is spread; None means 1.
-    """
-
-    weights: torch.Tensor
-    smoothing: float = 0.0
-    class_weights: torch.Tensor | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Scored:
     """What `Scorer.score` leaves for the backward pass.
 
     Args:
         loss_N: float (N,), loss of every row.
-        active: How many classes a row was scored on, on average.
-        ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1.
+        active: How many classes a row was scored on, on average; on a device a number there.
+        ids: int64, the classes the batch was scored on: (U,) distinct ones or (N, A) padded with -1, as is the former
+            on a device.
         query_seconds: Time spent on choosing them.
         hidden_ND: What was scored.
         grad: Of the sum of losses times `row_scale` by the scores, (N, U) or (N, A).
@@ -80,12 +73,16 @@ class Scored:
     """
 
     loss_N: torch.Tensor
-    active: float
+    active: float | torch.Tensor
     ids: torch.Tensor
     query_seconds: float
     hidden_ND: torch.Tensor
     grad: torch.Tensor
     rows_UD: torch.Tensor
+
+    def masked(self, keep: torch.Tensor) -> Scored:
+        """Itself where `keep`, bool (), is true; else without any class, so that an update writes nothing."""
+        return replace(self, ids=self.ids.where(keep, -1))
 
 
 class Scorer:
@@ -127,15 +124,39 @@ class Scorer:
             raise ConfigError(f"The 'selector' parameter of Scorer must be given when mode is {mode!r}.")
         self.mode, self.loss, self.precision, self.selector = mode, loss, precision, selector
         self.shard = shard
+        self._placement: Placement | None = None
+        self._chooser: CandidateSelector | DeviceSelector | None = selector
+        self.pads = False
+        """Whether `Scored.ids` of a pool has pads."""
+
+    def place(self, placement: Placement, index_name: str) -> None:
+        """Computes where the layer is from now on; labels are then `DeviceLabels` unless that is the CPU.
+
+        Raises:
+            ConfigError: The index, or a sharded layer, does not work there.
+        """
+        if not placement.waits and self.shard is not None:
+            raise ConfigError(
+                "A head that LSHSoftmaxLoss.shard has spread over processes must be on the CPU. "
+                f"Got {placement.device} instead."
+            )
+        self._placement, self.pads = placement, not placement.waits and self.mode == "shared"
+        self._chooser = self.selector
+        if not placement.waits and self.selector is not None:
+            self._chooser = DeviceSelector(self.selector, placement, index_name)
+
+    @property
+    def _kernels(self) -> ModuleType:
+        return cpu if self._placement is None else self._placement.kernels
 
     def score(
         self,
         rows: Rows,
         hidden_ND: torch.Tensor,
-        labels: CsrArrays,
+        labels: CsrArrays | DeviceLabels,
         step: int,
         *,
-        row_scale: float = 1.0,
+        row_scale: float | torch.Tensor = 1.0,
         mass: LabelMass | None = None,
     ) -> Scored:
         """Loss of every row over its active classes, and its gradient by their scores.
@@ -143,43 +164,47 @@ class Scorer:
         Args:
             rows: The layer.
             hidden_ND: float32 or float64 (N, D), detached.
-            labels: True classes of the N rows; with a shard, those of this process (`Shard.local`).
+            labels: True classes of the N rows, `DeviceLabels` where `place` has named a device; with a shard, those of
+                this process (`Shard.local`).
             step: Keys all randomness, so that a step can be repeated.
             row_scale: What each row's loss counts in the gradient, such as 1 / N for their mean; above 0.
             mass: Of the labels, in a softmax; None spreads a row's 1 evenly over its true classes. With a shard that
                 would be those of this process: give the mass of the labels as they are over all.
         """
         started = time.perf_counter()
-        if self.mode == "per_sample" and self.selector is not None:
-            sets = self.selector.active_sets(hidden_ND, labels, step)
+        if self.mode == "per_sample" and self._chooser is not None:
+            # pyrefly: ignore[bad-argument-type]  (as `place` says)
+            sets = self._chooser.active_sets(hidden_ND, labels, step)
             query_seconds = time.perf_counter() - started
             return self._score_pairs(rows, sets, hidden_ND, labels, query_seconds, row_scale, mass)
         offset_U, query_seconds = None, 0.0
-        if self.selector is None:
-            ids_U = torch.arange(len(rows.weight))
+        if self._chooser is None:
+            ids_U = torch.arange(len(rows.weight), device=rows.weight.device)
             bias_U = rows.weight.new_zeros(len(ids_U)) if rows.bias is None else rows.bias.detach()
-            rows_UD = rows.weight.detach()
-            indptr = torch.from_numpy(labels.indptr)
-            positions, weights = torch.from_numpy(labels.indices.astype(np.int64)), label_weights(labels)
+            rows_UD, targets, active = rows.weight.detach(), class_places(labels), float(len(ids_U))
         else:
-            pool = self.selector.pool(hidden_ND, labels, step)
+            # pyrefly: ignore[bad-argument-type]
+            pool = self._chooser.pool(hidden_ND, labels, step)
             query_seconds = time.perf_counter() - started
             ids_U, offset_U = pool.ids_U, pool.offset_U
-            indptr, positions, weights = pool.target_indptr, pool.target_positions, pool.target_weights
-            rows_UD, bias_U = kernels.gather_rows(rows.weight, rows.bias, ids_U)
-        if self.precision == "bfloat16":
-            rows_UD = rows_UD.bfloat16()
+            targets = PlacedLabels(
+                pool.target_indptr, pool.target_positions, pool.target_weights, pool.target_rows
+            )
+            active = (ids_U >= 0).sum() if self.pads else float(len(ids_U))
+            gathered_U = ids_U.clamp(min=0) if self.pads else ids_U
+            rows_UD, bias_U = self._kernels.gather_rows(rows.weight, rows.bias, gathered_U)
+        rows_UD = rows_UD.to(torch.bfloat16 if self.precision == "bfloat16" else hidden_ND.dtype)
         logits_NU = self._matmul(hidden_ND, rows_UD.T)
-        weights = (weights if mass is None else mass.weights).to(logits_NU.dtype)
-        targets = indptr, positions, weights
+        weights = targets.weights if mass is None else mass.weights
+        targets = targets._replace(weights=weights.to(logits_NU.dtype))
         loss_N, grad_NU = self._pool_loss(logits_NU, bias_U, offset_U, ids_U, targets, mass, row_scale)
         loss_N /= row_scale
-        return Scored(loss_N, float(len(ids_U)), ids_U, query_seconds, hidden_ND, grad_NU, rows_UD)
+        return Scored(loss_N, active, ids_U, query_seconds, hidden_ND, grad_NU, rows_UD)
 
     def hidden_grad(self, scored: Scored) -> torch.Tensor:
         """Gradient of the hidden vectors, (N, D); with a shard, this process's part of the sum."""
         if self.mode == "per_sample":
-            return kernels.pair_hidden_grad(scored.grad, scored.rows_UD, scored.ids)
+            return self._kernels.pair_hidden_grad(scored.grad, scored.rows_UD, scored.ids)
         return self._matmul(scored.grad, scored.rows_UD)
 
     def update(
@@ -199,15 +224,19 @@ class Scorer:
             bias_state,
         )
         if self.mode == "per_sample":
-            kernels.pair_update(grad, hidden_ND, scored.ids, *layer, settings)
+            self._kernels.pair_update(grad, hidden_ND, scored.ids, *layer, settings)
             return
         for first in range(0, len(scored.ids), CLASSES_AT_ONCE):
             part = slice(first, first + CLASSES_AT_ONCE)
             grad_rows_UD = self._matmul(grad[:, part].T, hidden_ND)
-            kernels.rows_update(scored.ids[part], grad_rows_UD, grad[:, part].sum(0), *layer, settings)
+            self._kernels.rows_update(scored.ids[part], grad_rows_UD, grad[:, part].sum(0), *layer, settings)
 
     def rows_grad(self, scored: Scored) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradient of the rows that were scored: int64 ids (U,), ascending, and gradients (U, D) and (U,)."""
+        """Gradient of the rows that were scored: int64 ids (U,), ascending, and gradients (U, D) and (U,).
+
+        Where a pool has pads, the last class has more than one entry, whose sum counts. Rows with classes of their own
+        have as many as they have, for which a device is waited for.
+        """
         grad, hidden_ND, ids = scored.grad, scored.hidden_ND, scored.ids
         if self.mode == "per_sample":
             row, slot = (ids >= 0).nonzero(as_tuple=True)
@@ -219,6 +248,8 @@ class Scorer:
                 check_invariants=False,
             )
             return ids_U, torch.sparse.mm(grad, hidden_ND), torch.sparse.sum(grad, 1).to_dense()
+        if self.pads:  # another entry of the last class, all zeros
+            ids = ids.where(ids >= 0, ids.max().clamp(min=0))
         ids_U, order = ids.sort()
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
@@ -230,9 +261,9 @@ class Scorer:
         bias_U: torch.Tensor,
         offset_U: torch.Tensor | None,
         ids_U: torch.Tensor,
-        targets: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        targets: PlacedLabels,
         mass: LabelMass | None,
-        row_scale: float,
+        row_scale: float | torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss times `row_scale`, and its gradient by the scores, which takes their place.
 
@@ -241,29 +272,32 @@ class Scorer:
             bias_U: To be added to them.
             offset_U: Log weights, or None.
             ids_U: int64, the classes.
-            targets: Offsets int64 (N + 1,), positions in the pool and mass of the labels, (P,).
+            targets: The labels.
             mass: As in `score`.
             row_scale: As in `score`.
         """
-        indptr, positions, weights = targets
+        indptr, positions, weights, _ = targets
         if self.loss == "logistic":
             weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
-            loss_N = kernels.shared_logistic_loss(
+            loss_N = self._kernels.shared_logistic_loss(
                 logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U * row_scale
             )
             return self._over_processes(loss_N), logits_NU
         if mass is not None and mass.smoothing > 0:
             offset_U = torch.zeros_like(bias_U) if offset_U is None else offset_U
             target_NU = torch.zeros_like(logits_NU)
-            target_NU[_rows_of(indptr), positions] = weights
-            return _smoothed_softmax(
-                logits_NU.add_(bias_U), target_NU, ids_U[None], offset_U[None], mass, row_scale, self.shard
+            target_NU.index_put_((targets.row_P(), positions), weights, accumulate=True)  # pads have 0
+            logits_NU, ids, offset = logits_NU.add_(bias_U), ids_U[None], offset_U[None]
+            return smoothed_softmax(
+                self._kernels, logits_NU, target_NU, ids, offset, mass, row_scale, self.shard
             )
         added_U = bias_U if offset_U is None else bias_U + offset_U
         if self.shard is None:
-            loss_N = kernels.shared_softmax_loss(logits_NU, indptr, positions, weights * row_scale, added_U)
+            loss_N = self._kernels.shared_softmax_loss(
+                logits_NU, indptr, positions, weights * row_scale, added_U
+            )
         else:
-            entries = Targets(_rows_of(indptr), positions, weights * row_scale)
+            entries = Targets(targets.row_P(), positions, weights * row_scale)
             loss_N = sharded_softmax_loss(logits_NU.add_(added_U), entries, self.shard)
         return loss_N, logits_NU
 
@@ -272,31 +306,38 @@ class Scorer:
         rows: Rows,
         sets: ActiveSets,
         hidden_ND: torch.Tensor,
-        labels: CsrArrays,
+        labels: CsrArrays | DeviceLabels,
         query_seconds: float,
-        row_scale: float,
+        row_scale: float | torch.Tensor,
         mass: LabelMass | None,
     ) -> Scored:
-        logits_NA = kernels.pair_logits(hidden_ND, rows.weight, rows.bias, sets.active_NA)
+        logits_NA = self._kernels.pair_logits(hidden_ND, rows.weight, rows.bias, sets.active_NA)
         if self.loss == "logistic":
             weight_NA = torch.ones_like(logits_NA) if sets.offset_NA is None else sets.offset_NA.exp()
             # One-vs-all: every true class is a full positive of its own binary problem.
-            loss_N, grad_NA = kernels.logistic_loss(
+            loss_N, grad_NA = self._kernels.logistic_loss(
                 logits_NA, (sets.target_NA > 0).to(logits_NA.dtype), weight_NA * row_scale
             )
             loss_N = self._over_processes(loss_N)
         else:
             target_NA, offset_NA = sets.target_NA, sets.offset_NA
             if mass is not None:  # a row's labels have its first slots, in their order
-                indptr = torch.from_numpy(labels.indptr)
-                row = _rows_of(indptr)
-                target_NA[row, torch.arange(len(row)) - indptr[row]] = mass.weights.to(target_NA.dtype)
+                target_NA[first_slots(labels)] = mass.weights.to(target_NA.dtype)
             if mass is None or mass.smoothing == 0:
-                loss_N, grad_NA = _softmax(logits_NA, target_NA * row_scale, offset_NA, self.shard)
+                loss_N, grad_NA = softmax(
+                    self._kernels, logits_NA, target_NA * row_scale, offset_NA, self.shard
+                )
             else:
                 offset_NA = torch.zeros_like(logits_NA) if offset_NA is None else offset_NA
-                loss_N, grad_NA = _smoothed_softmax(
-                    logits_NA, target_NA, sets.active_NA, offset_NA, mass, row_scale, self.shard
+                loss_N, grad_NA = smoothed_softmax(
+                    self._kernels,
+                    logits_NA,
+                    target_NA,
+                    sets.active_NA,
+                    offset_NA,
+                    mass,
+                    row_scale,
+                    self.shard,
                 )
         loss_N /= row_scale
         active = sets.count / max(1, len(hidden_ND))
@@ -312,7 +353,11 @@ class Scorer:
 
 
 def best_candidates(
-    rows: Rows, hidden_ND: torch.Tensor, candidates_NA: torch.Tensor, k: int
+    rows: Rows,
+    hidden_ND: torch.Tensor,
+    candidates_NA: torch.Tensor,
+    k: int,
+    kernels: ModuleType = cpu,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best of each row's candidates, exactly scored, best first.
 
@@ -321,6 +366,7 @@ def best_candidates(
         hidden_ND: float (N, D).
         candidates_NA: int64 (N, A), -1 for none.
         k: Classes per row.
+        kernels: Those for the device of the layer.
 
     Returns:
         Scores float (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer candidates.
@@ -332,61 +378,3 @@ def best_candidates(
         torch.nn.functional.pad(scores, (0, missing), value=-torch.inf),
         torch.nn.functional.pad(candidates_NA.gather(1, slots), (0, missing), value=-1),
     )
-
-
-def _softmax(
-    logits_NA: torch.Tensor, target_NA: torch.Tensor, offset_NA: torch.Tensor | None, shard: Shard | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient over the active slots, of all processes where there is a shard."""
-    if shard is None:
-        return kernels.softmax_loss(logits_NA, target_NA, offset_NA)
-    scores_NA = logits_NA if offset_NA is None else logits_NA + offset_NA
-    return sharded_softmax_loss(scores_NA, target_NA, shard), scores_NA
-
-
-def _smoothed_softmax(
-    logits_NA: torch.Tensor,
-    target_NA: torch.Tensor,
-    ids: torch.Tensor,
-    offset: torch.Tensor,
-    mass: LabelMass,
-    row_scale: float,
-    shard: Shard | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and gradient of a softmax whose labels give a share of their mass to all classes alike.
-
-    The sum of all classes' scores is estimated as the softmax's denominator is, with weight exp(offset) for each active
-    class, scaled so that these add up to 1.
-
-    Args:
-        logits_NA: float (N, A), -inf at pads.
-        target_NA: float (N, A), mass of the labels; changed in place.
-        ids: int64 (N, A) or (1, A), the classes; -1 at pads.
-        offset: float (N, A) or (1, A), log weights.
-        mass: Says how much is spread, and among whom.
-        row_scale: As in `Scorer.score`.
-        shard: As in `Scorer`.
-    """
-    spread = offset.exp() * (ids >= 0)
-    total_N1, labelled_N1 = spread.sum(1, keepdim=True), (target_NA != 0).any(1, keepdim=True)
-    if shard is not None:
-        sums_N2 = torch.cat([total_N1.expand_as(labelled_N1), labelled_N1], 1)
-        total_N1, labelled_N1 = shard.reduce(sums_N2).split(1, 1)
-        labelled_N1 = labelled_N1 > 0
-        spread = spread.expand_as(logits_NA) * mass.smoothing / total_N1
-    else:
-        spread *= mass.smoothing / total_N1
-    if mass.class_weights is not None:
-        spread *= mass.class_weights.to(spread.dtype)[ids.clamp(min=0)]
-    target_NA.mul_(1 - mass.smoothing).add_(torch.where(labelled_N1, spread, 0))
-    # The kernel adds the offset to every score, in the part that is spread too; there it is a constant to be taken off.
-    constant_N = (spread * offset).sum(1) * labelled_N1[:, 0]
-    if shard is not None:
-        shard.reduce(constant_N)
-    loss_N, grad_NA = _softmax(logits_NA, target_NA * row_scale, offset.expand_as(logits_NA), shard)
-    return loss_N + constant_N * row_scale, grad_NA
-
-
-def _rows_of(indptr: torch.Tensor) -> torch.Tensor:
-    """The row of every stored label: int64 (P,)."""
-    return torch.repeat_interleave(torch.arange(len(indptr) - 1), indptr.diff())

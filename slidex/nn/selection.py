@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
 
 from slidex import doctor
 from slidex.errors import ConfigError
@@ -22,8 +25,6 @@ from slidex.nn.options import SamplingSettings
 from slidex.settings import did_you_mean
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from slidex.lsh import CandidateIndex
 
 SHARED_TABLES = 8
@@ -156,3 +157,18 @@ def _for_training(settings: SamplingSettings) -> SamplingSettings:
     if settings.mode != "shared" or name == "none" or "tables" not in index_settings(name):
         return settings
     return replace(settings, index_options={"tables": SHARED_TABLES, **settings.index_options})
+
+
+def checked_counts(counts: Any, num_classes: int) -> np.ndarray | None:
+    """The setting 'class_counts' as float64 (C,), or None."""
+    if counts is None:
+        return None
+    if isinstance(counts, torch.Tensor):
+        counts = counts.cpu()
+    values = np.asarray(counts, dtype=np.float64)
+    if values.shape != (num_classes,) or not (np.isfinite(values) & (values >= 0)).all():
+        found = f"shape {values.shape}, values from {values.min(initial=0)} to {values.max(initial=0)}"
+        raise ConfigError(
+            f"The 'class_counts' setting must hold {num_classes} finite counts of at least 0. Got {found} instead."
+        )
+    return values

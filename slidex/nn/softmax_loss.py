@@ -15,7 +15,9 @@ from torch import nn
 from slidex.errors import ConfigError
 from slidex.lsh import exact_topk
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
+from slidex.nn.memory import layer_advice, require_memory
 from slidex.nn.options import SamplingOptions
+from slidex.nn.placement import compute_dtype
 from slidex.nn.sampling import Sampling
 from slidex.nn.scoring import Rows, best_candidates
 from slidex.nn.selection import PREDICT_CANDIDATES
@@ -54,7 +56,8 @@ class LSHSoftmaxLoss(nn.Module):
         num_classes: C.
         bias: Whether classes have a bias.
         device: Of the parameters.
-        dtype: Of the parameters; float32 or float64 where classes are sampled.
+        dtype: Of the parameters; where classes are sampled float32 or float64 on the CPU, float32, bfloat16 or float16
+            on a CUDA device.
         reduction: ``mean`` (weighted by the rows' label mass, as in torch: rows without a label do not count),
             ``sum`` or ``none``.
         weight: floating (C,), what each class counts in the loss; None means 1.
@@ -70,6 +73,7 @@ class LSHSoftmaxLoss(nn.Module):
 
     Raises:
         ConfigError: An argument is out of its range, or options do not fit each other or the layer.
+        DeviceError: The GPU named by `device` has too little memory for the layer and what trains it.
     """
 
     weight: nn.Parameter
@@ -99,12 +103,14 @@ class LSHSoftmaxLoss(nn.Module):
         self.in_features, self.num_classes = in_features, num_classes
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
         self.options = options
+        self._sampling = None if options is None else Sampling(options, in_features, num_classes)
+        if device is not None and torch.device(device).type == "cuda":
+            self._require_memory(torch.device(device), dtype or torch.get_default_dtype(), bias=bias)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
         self.register_buffer("class_weight", weight, persistent=False)
         check_arguments(self.weight[:0], self.weight, self.bias, reduction, label_smoothing)
         check_class_weights(weight, num_classes)
-        self._sampling = None if options is None else Sampling(options, in_features, num_classes)
         self._exact: Sampling | None = None  # what scores all classes where they are sharded
         self._shard: Shard | None = None
         self.register_load_state_dict_post_hook(_after_loading)
@@ -173,6 +179,8 @@ class LSHSoftmaxLoss(nn.Module):
         Raises:
             ConfigError: `input` or `target` do not fit the layer.
             DivergedError: in backward, with a fused optimizer, if loss or gradient are not finite; nothing is written.
+                On a CUDA device this, and a class id of a target there that does not fit, is raised by a later call of
+                the head, since the step does not wait for the device; nothing is written there either.
         """
         return lsh_softmax(
             input,
@@ -273,7 +281,7 @@ class LSHSoftmaxLoss(nn.Module):
                     f"The {name!r} parameter of topk must be an integer of at least 1. Got {value!r} instead."
                 )
         check_arguments(input, self.weight, self.bias, self.reduction, self.label_smoothing)
-        hidden_ND, counts = input.reshape(-1, self.in_features).to(self.weight.dtype), None
+        hidden_ND, counts = input.reshape(-1, self.in_features).to(compute_dtype(self.weight.dtype)), None
         if self._shard is not None:
             hidden_ND, counts = self._shard.gather_rows(hidden_ND)
         if not indexed:
@@ -285,7 +293,10 @@ class LSHSoftmaxLoss(nn.Module):
         else:
             index = self._sampling.prediction_index(self.weight, self.bias)
             candidates_NA = index.query(hidden_ND, max(k, candidates))
-            scores_NK, ids_NK = best_candidates(Rows(self.weight, self.bias), hidden_ND, candidates_NA, k)
+            kernels = self._sampling.placement.kernels
+            scores_NK, ids_NK = best_candidates(
+                Rows(self.weight, self.bias), hidden_ND, candidates_NA, k, kernels
+            )
         if self._shard is not None and counts is not None:
             scores_NK, ids_NK = self._shard.merge_topk(scores_NK, ids_NK)
             scores_NK, ids_NK = (self._shard.take_own(x, counts) for x in (scores_NK, ids_NK))
@@ -339,6 +350,15 @@ class LSHSoftmaxLoss(nn.Module):
             if self.options is None
             else f"{parts}, mode={self.options.mode}, index={self.options.index}"
         )
+
+    def _require_memory(self, device: torch.device, dtype: torch.dtype, *, bias: bool) -> None:
+        """Raises DeviceError unless the device has room for the layer and what trains it."""
+        size = self.num_classes * (self.in_features + bias) * dtype.itemsize
+        needed, advice = {"weights": size}, "Use another GPU, or the CPU."
+        if self._sampling is not None:
+            needed |= self._sampling.memory(bias=bias)
+            advice = layer_advice(self._sampling.settings)
+        require_memory(needed, device, advice)
 
     def _weights_replaced(self) -> None:
         if self._sampling is not None:

@@ -5,7 +5,7 @@ Legend: N rows in a batch, C classes, P labels of a row.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import scipy.sparse
@@ -13,10 +13,13 @@ import torch
 
 from slidex.data.csr import CsrArrays
 from slidex.errors import ConfigError
+from slidex.nn.device_labels import PAD, DeviceLabels
+
+if TYPE_CHECKING:
+    from slidex.nn.placement import Placement
 
 TORCH_IGNORE_INDEX = -100
 """`ignore_index` where it is None, as in torch."""
-PAD = -1
 
 
 def is_class_ids(input_: torch.Tensor, target: Any) -> bool:
@@ -56,21 +59,75 @@ def as_labels(input_: torch.Tensor, target: Any, num_classes: int, ignore_index:
         _require_shape(tuple(target.shape), num_rows, num_classes)
         _require_ones(target.values().detach().cpu().numpy())
         return _checked(target.crow_indices().cpu().numpy(), target.col_indices().cpu().numpy(), num_classes)
-    lead = input_.shape[:-1]
-    fits = target.layout == torch.strided and target.shape[: len(lead)] == lead
-    if not fits or target.dim() - len(lead) not in (0, 1) or target.dtype not in (torch.int64, torch.int32):
-        _fail(
-            f"int64 class ids of shape {tuple(lead)}, or {(*lead, 'P')} padded with -1, or sparse rows "
-            f"{(num_rows, num_classes)}",
-            f"{tuple(target.shape)} of {target.dtype}, {target.layout}",
-        )
-    ids_NP = target.reshape(num_rows, -1).cpu().numpy()
+    _require_class_ids(target, input_.shape[:-1], num_classes)
+    ids_NP = _as_matrix(input_, target).cpu().numpy()
     kept_NP = ids_NP != ignored
-    if target.dim() > len(lead):
+    if target.dim() >= input_.dim():
         kept_NP &= ids_NP != PAD
     indptr = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(kept_NP.sum(1), out=indptr[1:])
     return _checked(indptr, ids_NP[kept_NP], num_classes)
+
+
+def as_device_labels(
+    input_: torch.Tensor, target: Any, num_classes: int, ignore_index: int | None, placement: Placement
+) -> tuple[DeviceLabels, torch.Tensor | None]:
+    """The same on a device, which is not waited for where the target is a tensor of class ids there.
+
+    Arguments are those of `as_labels`. Sparse rows on the device are read by the host first, which waits.
+
+    Returns:
+        The labels, and int64 (), what is wrong with them, for `wrong_target`; or None, where the host has checked them.
+
+    Raises:
+        ConfigError: as `as_labels`, but for class ids on the device: what is wrong with these stands in the number.
+    """
+    there = isinstance(target, torch.Tensor) and target.device == placement.device
+    if not there or target.layout != torch.strided:
+        labels = as_labels(input_, target, num_classes, ignore_index)
+        return DeviceLabels.from_csr(labels, placement), None
+    lead = input_.shape[:-1]
+    _require_class_ids(target, lead, num_classes)
+    ids_NP = _as_matrix(input_, target).long()
+    absent_NP = ids_NP == (TORCH_IGNORE_INDEX if ignore_index is None else ignore_index)
+    if target.dim() > len(lead):
+        absent_NP |= ids_NP == PAD
+    outside_NP = ~absent_NP & ((ids_NP < 0) | (ids_NP >= num_classes))
+    ids_NP = ids_NP.masked_fill(absent_NP | outside_NP, PAD)
+    rising_NP = ids_NP.sort(1).values
+    twice_NP = (rising_NP[:, 1:] == rising_NP[:, :-1]) & (rising_NP[:, 1:] >= 0)
+    row_N = torch.arange(len(ids_NP), device=ids_NP.device)
+    codes = [2 * row_N + kind for kind in range(2)]
+    faults = (outside_NP.any(1), twice_NP.any(1))
+    worst = torch.cat([code.masked_fill(~bad, -1) for code, bad in zip(codes, faults, strict=True)])
+    wrong = worst.amax() if len(worst) else worst.new_full((), -1)
+    return DeviceLabels.from_padded(ids_NP, num_classes), wrong
+
+
+def wrong_target(number: int, num_classes: int, step: int) -> ConfigError:
+    """The error for a number of `as_device_labels` that is not negative, found at a step."""
+    row, twice = divmod(number, 2)
+    constraint = (
+        "made of distinct classes in each row" if twice else f"made of class ids from 0 to {num_classes - 1}"
+    )
+    found = "a class twice" if twice else "another id"
+    return _error(constraint, f"{found} in row {row} of step {step:,}, whose update was not applied")
+
+
+def _as_matrix(input_: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Class ids with one row for each row of the input, (N, P)."""
+    width = target.shape[-1] if target.dim() == input_.dim() else 1
+    return target.reshape(input_.shape[:-1].numel(), width)
+
+
+def _require_class_ids(target: torch.Tensor, lead: torch.Size, num_classes: int) -> None:
+    fits = target.layout == torch.strided and target.shape[: len(lead)] == lead
+    if not fits or target.dim() - len(lead) not in (0, 1) or target.dtype not in (torch.int64, torch.int32):
+        _fail(
+            f"int64 class ids of shape {tuple(lead)}, or {(*lead, 'P')} padded with -1, or sparse rows "
+            f"{(lead.numel(), num_classes)}",
+            f"{tuple(target.shape)} of {target.dtype}, {target.layout}",
+        )
 
 
 def _sparse_parts(target: Any, num_rows: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -116,4 +173,8 @@ def _require_ones(values: np.ndarray) -> None:
 
 
 def _fail(constraint: str, found: object) -> NoReturn:
-    raise ConfigError(f"The 'target' parameter of LSHSoftmaxLoss must be {constraint}. Got {found} instead.")
+    raise _error(constraint, found)
+
+
+def _error(constraint: str, found: object) -> ConfigError:
+    return ConfigError(f"The 'target' parameter of LSHSoftmaxLoss must be {constraint}. Got {found} instead.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slidex.errors import ConfigError
 from slidex.nn.options import DEFAULT_INDEX, SamplingSettings
-from slidex.settings import check_table, did_you_mean, setting
+from slidex.settings import DEVICE, check_table, did_you_mean, setting
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -98,6 +98,11 @@ class TrainConfig(SamplingSettings):
     )
 
     # Run
+    device: str = setting(
+        "cpu",
+        "Where to train: cpu, or an NVIDIA GPU, cuda or cuda:N (needs the extra cuda).",
+        **DEVICE,
+    )
     threads: int | None = setting(
         None, "CPU threads of a process; default: all usable cores, shared out evenly.", low=1, high=1024
     )

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
+
     from slidex.train.config import TrainConfig
 
 COVERAGE_RATIO = 0.4
@@ -35,11 +37,12 @@ class CollapseWatch:
     def __init__(self, config: TrainConfig, num_classes: int) -> None:
         self._config, self._num_classes = config, num_classes
         self._told: list[str] = []
-        self._loss, self._rows = 0.0, 0
+        self._loss: float | torch.Tensor = 0.0
+        self._rows = 0
         self._history: list[tuple[float, float]] = []
 
-    def note_loss(self, loss: float, rows: int) -> None:
-        """Adds the summed loss of a step's rows to the mean until the next validation."""
+    def note_loss(self, loss: float | torch.Tensor, rows: int) -> None:
+        """Adds the summed loss of a step's rows, which may be on a device, to the mean until the next validation."""
         self._loss += loss
         self._rows += rows
 
@@ -73,7 +76,7 @@ class CollapseWatch:
             p_at_1: Its P@1, from 0 to 1.
             rows: Rows it was measured on.
         """
-        history = [*self._history, (p_at_1, self._loss / max(1, self._rows))][-DECLINE_VALIDATIONS:]
+        history = [*self._history, (p_at_1, float(self._loss) / max(1, self._rows))][-DECLINE_VALIDATIONS:]
         self._history, self._loss, self._rows = history, 0.0, 0
         if self._config.mode == "exact" or "decline" in self._told or len(history) < DECLINE_VALIDATIONS:
             return None
@@ -91,7 +94,7 @@ class CollapseWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        return {"told": self._told, "loss": self._loss, "rows": self._rows, "history": self._history}
+        return {"told": self._told, "loss": float(self._loss), "rows": self._rows, "history": self._history}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class DenseAdam:
@@ -54,6 +54,13 @@ class DenseAdam:
             state["exp_avg_sq"].mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
             root = (state["exp_avg_sq"].sqrt() / math.sqrt(1 - self.beta2**step)).add_(self.epsilon)
             parameter.addcdiv_(state["exp_avg"], root, value=-learning_rate / (1 - self.beta1**step))
+
+    def restore(self, parameter: torch.Tensor, state: Mapping[str, torch.Tensor]) -> None:
+        """Gives a parameter the state that it had once, wherever that was kept; the count of steps stays on the CPU."""
+        self.state[parameter] = {
+            name: part.to("cpu" if name == "step" else parameter.device, copy=True)
+            for name, part in state.items()
+        }
 
     def zero_grad(self) -> None:
         """Sets each parameter's `.grad` to None."""

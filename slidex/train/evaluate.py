@@ -28,6 +28,7 @@ def evaluate(
     indexed: bool = False,
     by_frequency: bool = False,
     errors: int = 0,
+    device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores every row of a split against its labels.
@@ -40,6 +41,7 @@ def evaluate(
         indexed: Score only the classes that the index proposes, instead of all.
         by_frequency: Also by deciles of class frequency.
         errors: Also so many of the worst mistakes; 0 for none.
+        device: Where to score; see `Run.model`.
         progress: Called with rows done and rows in all.
 
     Returns:
@@ -52,11 +54,13 @@ def evaluate(
     Raises:
         DataError: if the data set has other sizes than the model, or no such split.
         CheckpointError: if the run's files are missing or altered.
+        DeviceError: if the device cannot be used.
+        MissingExtraError: if packages for it are not installed.
     """
     run.check_sizes(dataset)
     rows = dataset.split(split)
     checkpoint = run.checkpoint()
-    model = run.model(checkpoint, indexed=indexed)
+    model = run.model(checkpoint, indexed=indexed, device=device)
     tuned = run.tuned(checkpoint) if indexed else None
     counts, train_rows = run.class_counts(), run.meta["train_rows"]
     metrics = MetricAccumulator(counts, train_rows, ks=tuple(ks))

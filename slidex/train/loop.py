@@ -14,19 +14,20 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 
-from slidex.errors import CollapseWarning, DivergedError, InterruptedRunError, LostPeerError
+from slidex.data.csr import CsrArrays
+from slidex.errors import CollapseWarning, InterruptedRunError, LostPeerError
 from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
 from slidex.metrics import MetricAccumulator
 from slidex.nn.class_record import NEGATIVE, SEEN, ClassRecord
 from slidex.nn.classifier import Classifier
 from slidex.nn.rehash import Rehasher
+from slidex.train.batches import BatchReader
 from slidex.train.checkpoint import (
     Checkpoint,
     list_checkpoints,
@@ -38,12 +39,14 @@ from slidex.train.config import TrainConfig
 from slidex.train.coverage import CollapseWatch
 from slidex.train.dense_adam import DenseAdam
 from slidex.train.distributed import Solo
+from slidex.train.loss_check import LossCheck
+from slidex.train.placing import place_model
 from slidex.train.probe import RecallProbe
 from slidex.train.queries import draw_queries, own_classes
 from slidex.train.ranking import fit_ranker
 from slidex.train.rows import split_rows
 from slidex.train.run import Run, check_same_run
-from slidex.train.settle import STREAM_ORDER, counter_rng, learning_rate, settle
+from slidex.train.settle import learning_rate, settle
 from slidex.train.signals import SignalCatcher
 from slidex.train.state import collect_state, newest_sound_checkpoint, restore_state
 from slidex.train.telemetry import Interval
@@ -51,15 +54,16 @@ from slidex.train.telemetry import Interval
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
     from slidex.data import Dataset
-    from slidex.data.csr import CsrArrays
     from slidex.lsh.index import QuerySample
+    from slidex.nn.bag_inputs import BagInputs
+    from slidex.nn.device_labels import DeviceLabels
+    from slidex.train.batches import Batch
 
 Notify = Callable[[str, dict[str, Any]], None]
 """Called with an event and its facts: ``compiling`` (a kernel, before or in the first steps), ``start``, ``message``,
-``step``, ``report``, ``epoch``, ``warning``, ``validation``, ``checkpoint``; then ``ranker``."""
+``step`` (without its loss on a GPU, which is not waited for), ``report``, ``epoch``, ``warning``, ``validation``,
+``checkpoint``; then ``ranker``."""
 
 
 def fit(
@@ -90,7 +94,10 @@ def fit(
         CheckpointError: if `out` is in the way, or does not fit `dataset` and `config` when resuming.
         ConfigError: if settings do not fit each other or the data set; nothing has been written then.
         DataError: if no training row has a label.
-        DivergedError: if the loss becomes non-finite; the step's update is not applied.
+        DivergedError: if the loss becomes non-finite; the step's update is not applied, or on a GPU, where it is found
+            out a few steps later, not saved.
+        DeviceError: if the GPU that `config` asks for cannot be used, or has too little memory.
+        MissingExtraError: if packages for it are not installed.
         InterruptedRunError: after SIGTERM or Ctrl-C, when the state has been saved.
         LostPeerError: if another process has ended; says how to go on.
 
@@ -129,13 +136,17 @@ class Trainer:
         self.model = Classifier.from_config(
             config, dataset.num_features, dataset.num_classes, self.class_counts, self.shard
         )
+        self.record = ClassRecord(len(self.model.head.weight))  # of this process's classes
+        self.placement = place_model(self.model, self.record, config, dataset)
+        self._loss = LossCheck(self.placement, config.learning_rate)
+        rules = self.model.encoder.rules
+        self._reader = BatchReader(self.train_split, self.rows, config, rules, self.placement)
         trained = [parameter for parameter in self.model.encoder.parameters() if parameter.requires_grad]
         self.dense_optimizer = DenseAdam(trained, config.beta1, config.beta2, config.epsilon)
         self.steps_per_epoch = math.ceil(len(self.rows) / config.batch_size)
         self.total_steps = self.steps_per_epoch * config.epochs
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.record = ClassRecord(len(self.model.head.weight))  # of this process's classes
         self.collapse = CollapseWatch(config, dataset.num_classes)
         self.rehasher: Rehasher | None = None
         if self.model.index is not None:
@@ -147,7 +158,6 @@ class Trainer:
         self.seconds = 0.0
         self.interval = Interval()
         self._probe = RecallProbe()
-        self._kept_order = -1, self.rows
 
     def fit(self, run: Run, *, resume: bool) -> None:
         """Trains to the end, writing into `run`; see `fit`."""
@@ -199,31 +209,13 @@ class Trainer:
     def _every(self, steps: int | None, epoch_end: bool) -> bool:
         return epoch_end if steps is None else self.step % steps == 0
 
-    def batches(self) -> Iterator[tuple[CsrArrays, CsrArrays]]:
+    def batches(self) -> Iterator[Batch]:
         """Batches from the current step to the last, the next one read while this one trains."""
+        for batch in self._reader.batches(self.step, self.total_steps, self.steps_per_epoch):
+            self.interval.watch.lap("data")
+            yield batch
 
-        def read(step: int) -> tuple[CsrArrays, CsrArrays]:
-            epoch, position = divmod(step, self.steps_per_epoch)
-            first = position * self.config.batch_size
-            chosen = np.sort(self._order(epoch)[first : first + self.config.batch_size])
-            return self.train_split.x.take(chosen), self.train_split.y.take(chosen)
-
-        with ThreadPoolExecutor(1) as pool:
-            upcoming = None
-            for step in range(self.step, self.total_steps):
-                batch = upcoming.result() if upcoming is not None else read(step)
-                upcoming = pool.submit(read, step + 1) if step + 1 < self.total_steps else None
-                self.interval.watch.lap("data")
-                yield batch
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Order of the training rows in an epoch; the one asked for last is kept."""
-        if self._kept_order[0] != epoch:
-            order = counter_rng(self.config.seed, STREAM_ORDER, epoch).permutation(self.rows)
-            self._kept_order = epoch, order
-        return self._kept_order[1]
-
-    def train_step(self, x: CsrArrays, y: CsrArrays) -> None:
+    def train_step(self, x: CsrArrays | BagInputs, y: CsrArrays | DeviceLabels) -> None:
         """One step; `self.step` counts steps taken, so the step at hand has the next number."""
         step, model, watch, ranks = self.step + 1, self.model, self.interval.watch, self.ranks
         watch.lap("other")
@@ -237,12 +229,7 @@ class Trainer:
         scored = model.head.score(hidden_ND, y, step)
         watch.lap("kernel")
         watch.move("kernel", "query", scored.query_seconds)
-        loss = float(scored.loss_N.sum())
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss of step {step:,} is {loss}; its update was not applied. "
-                f"Lower 'learning_rate' (now {self.config.learning_rate:g}) or set 'warmup'."
-            )
+        loss = self._loss.total(scored, step)
         settings = self._step_settings(step)
         grad_hidden_ND = model.head.update(scored, settings)
         watch.lap("update")
@@ -256,13 +243,16 @@ class Trainer:
         self.dense_optimizer.zero_grad()
         watch.lap("encoder")
         self.step = step
-        self.record.note(scored.ids, self._own_labels(y))
+        if self.shard is not None and isinstance(y, CsrArrays):
+            y = self.shard.local(y)
+        self.record.note(scored.ids, y)
         self.collapse.note_loss(loss, x.num_rows)
         interval = self.interval
         interval.rows += x.num_rows
         interval.loss += loss
         interval.active += scored.active * x.num_rows
-        self.notify("step", {"step": step, "loss": loss / x.num_rows})
+        told = {} if isinstance(loss, torch.Tensor) else {"loss": loss / x.num_rows}
+        self.notify("step", {"step": step, **told})
         watch.lap("other")
 
     def _step_settings(self, step: int) -> StepSettings:
@@ -290,15 +280,13 @@ class Trainer:
         )
         return sample if self.shard is None else own_classes(sample, self.shard)
 
-    def _own_labels(self, labels: CsrArrays) -> CsrArrays:
-        return labels if self.shard is None else self.shard.local(labels)
-
     def _shares(self, *bits: int) -> list[float]:
         """Shares of the classes of all processes that have the bits."""
         counts = self.ranks.totals(*(self.record.count(bit) for bit in bits))
         return [count / self.num_classes for count in counts]
 
     def _report(self) -> None:
+        self._loss.settle()
         recall = self._probe.recall(self)
         seen, covered = self._shares(SEEN, NEGATIVE)
         self.interval.add_up(self.ranks)
@@ -334,6 +322,7 @@ class Trainer:
 
     def _validate(self, x: CsrArrays, y: CsrArrays) -> bool:
         """Logs the accuracy on validation rows, notes the best; True if training should stop early."""
+        self._loss.settle()
         best = [ids for _, ids in self.model.topk(x, 5)]
         p_at_1, improved = self.ranks.on_main(lambda: self._judge(best, y))
         self.bad_validations = 0 if improved else self.bad_validations + 1
@@ -367,6 +356,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Takes a checkpoint, unless there is one of this step; drops those no longer wanted."""
+        self._loss.settle()
         if self.ranks.on_main(lambda: self.step in {c.step for c in list_checkpoints(self.run.checkpoints)}):
             return
         saved = save_checkpoint(self.run.checkpoints, self.step, *collect_state(self), self.ranks)

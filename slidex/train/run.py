@@ -25,8 +25,11 @@ import torch
 import slidex
 from slidex.data import NameList
 from slidex.errors import CheckpointError, ConfigError, DataError
+from slidex.nn import placement as placements
 from slidex.nn.classifier import Classifier
+from slidex.nn.memory import require_memory
 from slidex.nn.selection import make_config_index
+from slidex.settings import check_device
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, record_files, verify_files, write_atomically
 from slidex.train.config import TrainConfig
 from slidex.train.kept_ranker import load_ranker
@@ -62,6 +65,7 @@ RESUME_MAY_CHANGE = {
     "checkpoint_every",
     "keep_last",
     "report_every",
+    "device",
     "threads",
 }
 """Settings that a resumed run may have another value of."""
@@ -278,21 +282,33 @@ class Run:
                 ) from error
         return model
 
-    def model(self, checkpoint: Checkpoint | None = None, *, indexed: bool = False) -> Classifier:
-        """The trained model, with its ranker where it has one.
+    def model(
+        self, checkpoint: Checkpoint | None = None, *, indexed: bool = False, device: str = "cpu"
+    ) -> Classifier:
+        """The trained model, with its ranker, which stays on the CPU, where it has one.
 
         Args:
             checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
+            device: Where it is to score: ``cpu``, ``cuda`` or ``cuda:N``, whatever it was trained on.
             indexed: Also build an index over these weights: the one that `tuned` gives, else that of training. The
                 one in the checkpoint is older than the weights: it is there so that a resumed run takes the very
                 steps an unbroken one would, and for what the index has learned from hidden vectors.
 
         Raises:
             CheckpointError: as `checkpoint`, `ranker` and `tuned`, or if the weights do not fit ``run.json``.
-            ConfigError: if `indexed` is asked of a model that was trained without an index, and none was tuned.
+            ConfigError: if `indexed` is asked of a model that was trained without an index, and none was tuned; or of
+                one whose index does not work on the device.
+            DeviceError: if the device cannot be used.
+            MissingExtraError: if packages for it are not installed.
         """
+        check_device(device)
+        placement = placements.place(torch.device(device))
         checkpoint = checkpoint or self.checkpoint()
         model = replace(self.network(checkpoint), ranker=self.ranker(checkpoint))
+        if not placement.waits:
+            weights = sum(p.nbytes for part in (model.encoder, model.head) for p in part.parameters())
+            require_memory({"weights": weights}, placement.device, "Use another GPU, or the CPU.")
+            model.place(placement)
         if not indexed:
             return model
         if tuned := self.tuned(checkpoint):

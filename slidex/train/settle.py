@@ -7,8 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from slidex import doctor
+from slidex.errors import ConfigError
+from slidex.nn import placement as placements
+from slidex.nn.device_candidates import require_device_index
 from slidex.nn.selection import make_config_index, settle_sampling
 from slidex.threads import set_threads
 from slidex.train.distributed import Solo
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
     from slidex.data import Dataset
     from slidex.train.config import TrainConfig
 
+GPU_EXACT_WEIGHTS = 1 << 27
+"""Up to so many weights of the output layer, `mode` auto is exact on a GPU: a million classes of width 128, where one
+pass over weights and state is some 2 ms by data sheets. Not measured yet."""
 STREAM_ORDER, STREAM_VALID, STREAM_PROBE, STREAM_QUERIES = range(4)
 
 
@@ -30,10 +37,15 @@ def settle(config: TrainConfig, dataset: Dataset, processes: Solo | None = None)
 
     Raises:
         ConfigError: if the index or its options do not exist or do not fit, in every mode; or if another setting has
-            no meaning in the mode.
+            no meaning in the mode, or works on the CPU alone.
+        DeviceError: if the GPU that is asked for cannot be used.
+        MissingExtraError: if packages for it are not installed.
     """
-    set_threads(config.threads, (processes or Solo()).local_size)
-    width = config.dense_widths[-1] if config.dense_widths else config.hidden_width
+    ranks = processes or Solo()
+    set_threads(config.threads, ranks.local_size)
+    if config.device != "cpu":
+        return _settle_on_gpu(config, dataset, ranks)
+    width = _width(config)
     if config.mode == "auto":
         native = config.precision == "auto" and doctor.has_native_bf16() is True
         chosen = doctor.plan(
@@ -48,6 +60,28 @@ def settle(config: TrainConfig, dataset: Dataset, processes: Solo | None = None)
     config = settle_sampling(config)
     make_config_index(config, width, dataset.num_classes)
     return config
+
+
+def _settle_on_gpu(config: TrainConfig, dataset: Dataset, ranks: Solo) -> TrainConfig:
+    placement = placements.place(torch.device(config.device))
+    if ranks.size > 1:
+        raise ConfigError(
+            f"The 'device' setting must be cpu where {ranks.size} processes train one model. "
+            f"Got {config.device!r} instead."
+        )
+    if config.mode == "auto":
+        exact = dataset.num_classes * _width(config) <= GPU_EXACT_WEIGHTS
+        config = replace(config, mode="exact" if exact else "shared")
+    if config.precision == "auto":
+        config = replace(config, precision="bfloat16" if placement.bfloat16_products else "float32")
+    config = settle_sampling(config)
+    index = make_config_index(config, _width(config), dataset.num_classes)
+    require_device_index(index, config.index)
+    return config
+
+
+def _width(config: TrainConfig) -> int:
+    return config.dense_widths[-1] if config.dense_widths else config.hidden_width
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

@@ -3,6 +3,8 @@
 Random numbers and the order of rows are functions of (seed, step), so they are not part of it. The index is: it was
 built from older weights than the current ones.
 
+A run on a GPU saves what one on the CPU saves, and either resumes the other's.
+
 On several processes each has the rows, moments, record and index of its own classes; all else is the same in all of
 them, and process 0 saves it.
 """
@@ -11,8 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from slidex.errors import CheckpointError
 from slidex.kernels import RowState
 from slidex.train.checkpoint import Checkpoint, list_checkpoints, part_name
@@ -20,6 +20,8 @@ from slidex.train.checkpoint import Checkpoint, list_checkpoints, part_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
+
+    import torch
 
     from slidex.train.loop import Trainer
 
@@ -32,7 +34,7 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
         trainer.model.index,
         trainer.ranks,
     )
-    flags_C1 = torch.from_numpy(trainer.record.flags_C1)
+    flags_C1 = trainer.record.flags_C1
     tensors = {
         "head": head.state_dict(),
         "optimizer": _moments({"weight": head.weight_state, "bias": head.bias_state}),
@@ -40,14 +42,14 @@ def collect_state(trainer: Trainer) -> tuple[dict[str, dict[str, torch.Tensor]],
     }
     if index is not None:
         tensors["index"] = index.state()
-    tensors = {part_name(name, ranks): group for name, group in tensors.items()}
+    tensors = {part_name(name, ranks): on_cpu(group) for name, group in tensors.items()}
     if ranks.main:
         moments = _moments({"bag": encoder.bag_state})
         for name, parameter in encoder.named_parameters():
             for part, value in trainer.dense_optimizer.state.get(parameter, {}).items():
                 moments[f"dense.{name}.{part}"] = value
-        tensors["encoder"] = encoder.state_dict()
-        tensors["optimizer"] = tensors.get("optimizer", {}) | moments
+        tensors["encoder"] = on_cpu(encoder.state_dict())
+        tensors["optimizer"] = tensors.get("optimizer", {}) | on_cpu(moments)
     values: dict[str, Any] = {
         "step": trainer.step,
         "total_steps": trainer.total_steps,
@@ -72,7 +74,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint, say: Callable[[str],
     begin, end = (0, head.num_classes) if trainer.shard is None else (trainer.shard.begin, trainer.shard.end)
     head.load_state_dict(checkpoint.rows("head", ("weight", "bias"), begin, end))
     # One process also keeps the flag at the end, which is of no class.
-    flags = checkpoint.rows("progress", ("classes",), begin, end + 1)["classes"].numpy()
+    flags = checkpoint.rows("progress", ("classes",), begin, end + 1)["classes"]
     trainer.record.flags_C1[: len(flags)] = flags
     _restore_moments(trainer, checkpoint, begin, end)
     if trainer.rehasher is not None:
@@ -111,9 +113,14 @@ def _restore_moments(trainer: Trainer, checkpoint: Checkpoint, begin: int, end: 
         state.moment2.copy_(moments[f"{name}.moment2"])
     for name, parameter in encoder.named_parameters():
         prefix = f"dense.{name}."
-        parts = {key.removeprefix(prefix): moments[key].clone() for key in moments if key.startswith(prefix)}
+        parts = {key.removeprefix(prefix): moments[key] for key in moments if key.startswith(prefix)}
         if parts:
-            trainer.dense_optimizer.state[parameter] = parts
+            trainer.dense_optimizer.restore(parameter, parts)
+
+
+def on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors, those of a GPU copied: a checkpoint is that of any device."""
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _moments(states: Mapping[str, RowState]) -> dict[str, torch.Tensor]:

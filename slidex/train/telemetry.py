@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from slidex.train.distributed import Solo
 
 
@@ -32,11 +34,11 @@ class Stopwatch:
 
 @dataclass
 class Interval:
-    """Sums over the steps since the last report."""
+    """Sums over the steps since the last report; those of losses and active classes are on the device of the layer."""
 
     rows: int = 0
-    loss: float = 0.0
-    active: float = 0.0
+    loss: float | torch.Tensor = 0.0
+    active: float | torch.Tensor = 0.0
     rehashes: int = 0
     index_updates: int = 0
     rows_rehashed: int = 0
@@ -45,7 +47,7 @@ class Interval:
     def add_up(self, ranks: Solo) -> None:
         """Replaces what processes count for their own classes by the sum; rows and losses are of all anyway."""
         self.active, rehashes, updates, hashed = ranks.totals(
-            self.active, self.rehashes, self.index_updates, self.rows_rehashed
+            float(self.active), self.rehashes, self.index_updates, self.rows_rehashed
         )
         self.rehashes, self.index_updates, self.rows_rehashed = int(rehashes), int(updates), int(hashed)
 
@@ -54,9 +56,9 @@ class Interval:
         seconds = max(sum(self.watch.seconds.values()), 1e-9)
         rows = max(1, self.rows)
         return {
-            "loss": self.loss / rows,
+            "loss": float(self.loss) / rows,
             "samples_per_second": self.rows / seconds,
-            "active_classes": self.active / rows,
+            "active_classes": float(self.active) / rows,
             "rehashes": self.rehashes,
             "index_updates": self.index_updates,
             "rows_rehashed": self.rows_rehashed,

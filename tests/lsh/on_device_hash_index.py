@@ -59,11 +59,12 @@ def test_same_answers_in_every_run(variant) -> None:
 def test_a_query_waits_for_nothing(variant) -> None:
     weight_CD, bias_C, hidden_ND = (a.to(DEVICE) for a in random_problem(20_000, 64, 128, torch.float32))
     index = made(variant, weight_CD, bias_C)
-    index.query(hidden_ND, 20)  # compiles
+    index.query(hidden_ND, 20), index.padded_pool(hidden_ND, 500)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         index.query(hidden_ND, 20, step=1)
+        index.padded_pool(hidden_ND, 500, step=1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

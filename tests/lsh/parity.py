@@ -86,7 +86,12 @@ def assert_equal(ours: HashIndex, cpu: HashIndex, hidden_ND: torch.Tensor) -> No
     codes_NLV = cpu.family.hash_queries(hidden_ND)
     assert np.array_equal(ours.family.hash_queries_on_device(hidden_ND).cpu().numpy(), codes_NLV)
     for step, k in ((0, 12), (5, 150)):
-        assert torch.equal(ours.pool(hidden_ND, k, step=step), cpu.pool(hidden_ND, k, step=step))
+        pool = cpu.pool(hidden_ND, k, step=step)
+        assert torch.equal(ours.pool(hidden_ND, k, step=step), pool)
+        padded = ours.padded_pool(hidden_ND, k, step=step)
+        assert padded.shape == (min(k, cpu.num_classes),)
+        assert torch.equal(padded[: len(pool)], pool)
+        assert (padded[len(pool) :] == -1).all()
         answer, votes_NC = ours.query(hidden_ND, k, step=step).tolist(), votes_of(cpu, codes_NLV, step)
         for row, votes_C in zip(answer, votes_NC, strict=True):
             found = [c for c in row if c >= 0]

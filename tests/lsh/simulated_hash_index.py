@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from slidex import late
 from slidex.errors import ConfigError, DivergedError
 from slidex.lsh import hash_index
-from slidex.lsh.cuda import dwta, hashing, tables
+from slidex.lsh.cuda import dwta, tables
 from slidex.lsh.cuda import voting as device_voting
 from slidex.lsh.tables import TableSettings
 from tests.lsh.contract import (
@@ -22,6 +22,7 @@ from tests.lsh.contract import (
     problem,
 )
 from tests.lsh.parity import PARITY, VARIANTS, assert_equal, made, random_problem
+from tests.waiting import NoWaiting
 
 
 class _Switch:
@@ -127,37 +128,20 @@ class _NotYet:
         pass
 
 
-class _NoWaiting(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in (
-            "_local_scalar_dense",
-            "nonzero",
-            "masked_select",
-            "_unique2",
-            "equal",
-        ), function
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_query_waits_for_nothing_and_tells_of_bad_rows_later(monkeypatch, variant) -> None:
     weight_CD, bias_C, hidden_ND = problem(120, 3)
-    index, check = built(variant, weight_CD, bias_C), hashing._check
-    monkeypatch.setattr(hashing, "_check", lambda rows_ND: check(rows_ND)._replace(arrived=_NotYet()))
+    index, send = built(variant, weight_CD, bias_C), late.send
+    monkeypatch.setattr(late, "send", lambda number: send(number)._replace(arrived=_NotYet()))
     hidden_ND[1, 2] = float("nan")
-    with _NoWaiting():
+    with NoWaiting():
         index.query(hidden_ND, 5)
-        index.query(hidden_ND[:1], 5)
+        index.padded_pool(hidden_ND[:1], 5)
     with pytest.raises(DivergedError, match="Row 1 "):
         index.update(weight_CD, bias_C, torch.arange(2))
     ask_and_wait(index, hidden_ND[:1])
     with pytest.raises(DivergedError, match="Row 1 "):
         index.pool(hidden_ND, 5)
-
-
-def test_the_check_for_waiting_notices_it() -> None:
-    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoWaiting():
-        int(torch.zeros(()))
 
 
 def test_an_index_goes_where_the_weights_are(switch) -> None:

@@ -155,7 +155,7 @@ def test_scattering_favours_no_class() -> None:
 
 def test_hashes_of_torch_are_those_of_the_cpu_in_order() -> None:
     from slidex.lsh import voting
-    from slidex.lsh.cuda.tables import mix_ids
+    from slidex.lsh.mixing import mix_ids
 
     ids = torch.randint(2**31 - 2, (2_000,), generator=torch.Generator().manual_seed(0))
     for key in (0, 12_345, 2**63, 2**64 - 1):

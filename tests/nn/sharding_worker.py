@@ -17,9 +17,10 @@ from slidex.data import CsrArrays
 from slidex.kernels import cpu as kernels
 from slidex.nn.candidates import label_weights
 from slidex.nn.options import SamplingOptions
-from slidex.nn.scoring import LabelMass, Rows, Scorer
+from slidex.nn.scoring import Rows, Scorer
 from slidex.nn.selection import make_selector, settle_sampling
 from slidex.nn.sharding import Shard, part_of
+from slidex.nn.smoothing import LabelMass
 
 N, C, D, STEP = 24, 37, 8, 5
 

@@ -34,7 +34,8 @@ def make_head(classes=C, reduction="mean", **options):
     )
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter.normal_(generator=generator(1))
+            if not parameter.is_meta:
+                parameter.normal_(generator=generator(1))
     return head
 
 
@@ -185,6 +186,17 @@ def test_a_loss_that_is_not_finite_writes_nothing(bad):
     after = [head.weight, head.bias, *head.optimizer_state_dict().values()]
     before[2][0] += 1  # the loss was counted
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_head_that_was_made_without_memory_trains_once_it_has_some():
+    """Libraries that load large models make them on the device meta."""
+    with torch.device("meta"):
+        head = make_head(optimizer="adam")
+    head = head.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(generator=generator(1))
+    assert train(head) == train(make_head(optimizer="adam"))
 
 
 def test_a_fused_update_is_seen_by_autograd():

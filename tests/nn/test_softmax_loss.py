@@ -432,7 +432,7 @@ def test_a_layer_that_kernels_do_not_know_is_refused_by_name():
     with pytest.raises(ConfigError, match="'linear_weight' parameter must be float32 or float64"):
         half(hidden_ND.bfloat16(), target_N)
     nowhere = LSHSoftmaxLoss(D, C, device="meta", options=SamplingOptions())
-    with pytest.raises(ConfigError, match="must be on the CPU where classes are sampled"):
+    with pytest.raises(ConfigError, match="must be on the CPU or a CUDA device where classes are sampled"):
         nowhere(hidden_ND, target_N)
     normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(D, C))
     with pytest.raises(ConfigError, match="must own its weight and bias as parameters"):

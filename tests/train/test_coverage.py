@@ -14,9 +14,11 @@ from slidex.data import CsrArrays, Dataset, DatasetWriter
 from slidex.errors import CollapseWarning
 from slidex.lsh import IndexStats, index
 from slidex.nn.class_record import NEGATIVE, SEEN, TOUCHED, ClassRecord
+from slidex.nn.device_labels import DeviceLabels
 from slidex.train.config import TrainConfig
 from slidex.train.coverage import CollapseWatch
 from tests.conftest import checkerboard
+from tests.nn.device_path import on_device
 
 LABELS = CsrArrays(np.array([0, 2, 3]), np.array([4, 7, 2]), None, 10)
 
@@ -39,6 +41,23 @@ def test_true_classes_in_a_pool_are_negatives_of_the_other_rows():
     record = ClassRecord(10)
     record.note(torch.tensor([4, 7, 1]), LABELS.slice(0, 1))
     assert record.ids(NEGATIVE).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "ids", "pads"),
+    [
+        (LABELS, [[4, 7, 1, 2], [2, 3, -1, -1]], [[4, 7, -1, 1, 2], [2, -1, 3, -1, -1]]),
+        (LABELS, [4, 7, 2, 1], [4, 7, -1, -1, 2, 1]),
+        (LABELS.slice(0, 1), [4, 7, 1], [4, 7, 1, -1]),
+    ],
+)
+def test_places_without_a_class_change_no_record(labels, ids, pads):
+    here, there = ClassRecord(10), ClassRecord(10)
+    here.note(torch.tensor(ids), labels)
+    there.note(torch.tensor(pads), DeviceLabels.from_csr(labels, on_device(torch.device("cpu"))))
+    assert torch.equal(here.flags_C1[:10], there.flags_C1[:10])
+    here.note_all()
+    assert here.share(SEEN) == 1
 
 
 def make_watch(**settings):

@@ -10,40 +10,20 @@ Legend: N rows in a batch, C classes, D hidden width, L tables, V codes looked u
 
 from __future__ import annotations
 
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from slidex.errors import ConfigError, DivergedError
+from slidex.errors import DivergedError
 from slidex.kernels.cuda.environment import require_device
+from slidex.late import LateErrors
 from slidex.lsh.cuda.tables import DeviceTables
+from slidex.lsh.family import require_cuda
 
 if TYPE_CHECKING:
-    from slidex.lsh.family import DeviceHashFamily, HashFamily
+    from slidex.lsh.family import HashFamily
     from slidex.lsh.tables import TableSettings
-
-
-def for_device(family: HashFamily, settings: TableSettings) -> DeviceHashFamily:
-    """The family, or ConfigError for what has no CUDA implementation, naming what to use instead."""
-    instead = "Use {}, or keep the weights on the CPU."
-    if not getattr(family, "runs_on_cuda", False):
-        raise ConfigError(
-            f"The index over {type(family).__name__} has no hash functions for weights on a CUDA device. "
-            + instead.format("'simhash' or 'dwta'")
-        )
-    if settings.insert:
-        raise ConfigError(
-            "The 'insert' parameter of make_index must be 0 for weights on a CUDA device: labels are inserted on "
-            f"the CPU only. Got {settings.insert} instead. " + instead.format("0")
-        )
-    if settings.first_come:
-        raise ConfigError(
-            "The 'budget' parameter of make_index must be 'votes' for weights on a CUDA device. "
-            "Got 'first_come' instead. " + instead.format("'votes'")
-        )
-    return cast("DeviceHashFamily", family)
 
 
 class DeviceHashing:
@@ -74,7 +54,7 @@ class DeviceHashing:
         settings: TableSettings,
         device: torch.device,
     ) -> None:
-        self._family = for_device(family, settings)
+        self._family = require_cuda(family, settings)
         require_device(device)
         self.device = device
         self.tables = DeviceTables(
@@ -84,7 +64,7 @@ class DeviceHashing:
             settings,
             device,
         )
-        self._checks: deque[_Check] = deque()
+        self._errors = LateErrors()
 
     def build(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         """Hash all rows and fill the tables."""
@@ -111,9 +91,8 @@ class DeviceHashing:
         return self.tables.query(codes_NLV, k, step=step).to(hidden_ND.device)
 
     def pool(self, hidden_ND: torch.Tensor, budget: int, *, step: int) -> torch.Tensor:
-        """As `slidex.lsh.CandidateIndex.pool`, on the device of `hidden_ND`."""
+        """As `slidex.lsh.HashIndex.padded_pool`, on the device of `hidden_ND`."""
         codes_NLV = self._look_up(hidden_ND)
-        self.raise_late()
         return self.tables.pool(codes_NLV, budget, step=step).to(hidden_ND.device)
 
     def raise_late(self, *, wait: bool = True) -> None:
@@ -125,42 +104,22 @@ class DeviceHashing:
         Raises:
             DivergedError: There was one. It is told once.
         """
-        while self._checks and (wait or self._checks[0].known()):
-            bad = self._checks.popleft().first_bad()
-            if bad >= 0:
-                raise DivergedError(f"Row {bad} of the hidden vectors holds a value that is not finite.")
+        self._errors.settle(wait=wait)
 
     def _look_up(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Codes to look up: int32 (N, L, V), contiguous; notes whether any row is not finite."""
         hidden_ND = hidden_ND.detach().to(self.device, torch.float32)
         if len(hidden_ND):
-            self._checks.append(_check(hidden_ND))
+            self._errors.expect(_first_bad(hidden_ND), _not_finite)
             self.raise_late(wait=False)
         return self._family.hash_queries_on_device(hidden_ND)
 
 
-class _Check(NamedTuple):
-    """The first row that is not finite, or -1, on its way to the host."""
-
-    row: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    def known(self) -> bool:
-        return self.arrived is None or self.arrived.query()
-
-    def first_bad(self) -> int:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return int(self.row)
-
-
-def _check(rows_ND: torch.Tensor) -> _Check:
+def _first_bad(rows_ND: torch.Tensor) -> torch.Tensor:
+    """The first row that is not finite, or -1: int64 ()."""
     bad_N = ~torch.isfinite(rows_ND).all(dim=1)
-    first = torch.where(bad_N.any(), bad_N.byte().argmax(), -1)
-    if first.device.type != "cuda":
-        return _Check(first, None)
-    row = torch.empty((), dtype=torch.int64, pin_memory=True)
-    row.copy_(first, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(first.device))
-    return _Check(row, arrived)
+    return torch.where(bad_N.any(), bad_N.byte().argmax(), -1)
+
+
+def _not_finite(row: int) -> DivergedError:
+    return DivergedError(f"Row {row} of the hidden vectors holds a value that is not finite.")

@@ -24,7 +24,8 @@ import torch
 from slidex.kernels.cuda.launch import WARP
 from slidex.lsh.cuda.grid import MOST_BLOCKS, THREADS, blocks_of
 from slidex.lsh.cuda.voting import HASH_DIGITS, pool_votes, query_tables
-from slidex.lsh.reading import OVERFLOWS, mix
+from slidex.lsh.mixing import hash_key, mix_ids
+from slidex.lsh.reading import OVERFLOWS
 
 if TYPE_CHECKING:
     from slidex.lsh.tables import TableSettings
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 _WORKSPACE_BYTES = 1 << 29
 """The most memory for hash tables of votes; where a query may touch very many classes, fewer rows run side by side."""
 _BIAS = -(1 << 15)
+_FIRST, _LAST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class DeviceTables:
     """Classes by code; see `slidex.lsh.tables.BucketTables`.
 
     Memory: ``4 L (C + 2^K + 1)`` bytes, the codes ``2 L C`` bytes (4 beyond 16 bits). For a time: the ``4 L C`` bytes
-    of the codes given to `build` and near 30 bytes a class as a table is sorted; 13 and more bytes a class as a pool
-    is chosen; at most `_WORKSPACE_BYTES` in a query.
+    of the codes given to `build` and near 30 bytes a class as a table is sorted; 40 bytes a class as a pool is
+    chosen; at most `_WORKSPACE_BYTES` in a query.
 
     Args:
         num_classes: C.
@@ -151,10 +153,10 @@ class DeviceTables:
         return ids_NK.gather(1, order_NK).long()
 
     def pool(self, codes_NLV: torch.Tensor, budget: int, *, step: int) -> torch.Tensor:
-        """The `budget` most voted classes over all queries: int64 (at most budget,), ascending, as the CPU's.
+        """The `budget` most voted classes over all queries: int64 (min(budget, C),), as the CPU's; waits for nothing.
 
-        Of those at the cut the smallest hashes are taken, a fair draw. Waits for the device, as the number of
-        classes is known only there.
+        They ascend, with -1 after them where fewer classes have votes. Of those at the cut the smallest hashes are
+        taken, a fair draw.
         """
         votes_C = torch.zeros(self.ids.shape[1], dtype=torch.int32, device=self.ids.device)
         pool_votes.launch(
@@ -169,39 +171,17 @@ class DeviceTables:
             step,
             votes_C,
         )
-        found = (votes_C >= self._min_votes).nonzero()[:, 0]
-        if len(found) <= budget:
-            return found
-        votes = votes_C[found]
-        cut = votes.topk(budget, sorted=False).values.min()
-        above, level = found[votes > cut], found[votes == cut]
-        hashes = mix_ids(level, _signed(int(mix(step ^ self._seed))))
-        drawn = level[hashes.topk(budget - len(above), largest=False, sorted=False).indices]
-        return torch.cat([above, drawn]).sort().values
+        budget = min(budget, len(votes_C))
+        cut = votes_C.topk(budget, sorted=False).values.min().clamp(min=self._min_votes)
+        ids = torch.arange(len(votes_C), device=votes_C.device)
+        order_C = mix_ids(ids, hash_key(step ^ self._seed))
+        order_C = torch.where(votes_C == cut, order_C.clamp(_FIRST + 1, _LAST - 1), _LAST)
+        order_C.masked_fill_(votes_C > cut, _FIRST)
+        order, found = order_C.topk(budget, largest=False, sorted=False)
+        found = found.masked_fill_(order == _LAST, len(votes_C)).sort().values
+        return found.masked_fill_(found == len(votes_C), -1)
 
 
 def _sortable(codes: torch.Tensor) -> torch.Tensor:
     """Codes in an order of signed numbers: those of 16 bits are stored as they are, half of them negative."""
     return codes ^ _BIAS if codes.dtype == torch.int16 else codes
-
-
-def mix_ids(ids: torch.Tensor, key: int) -> torch.Tensor:
-    """`slidex.lsh.voting.mix_ids`, as int64 in the order of the unsigned hashes.
-
-    Args:
-        ids: int64 (M,).
-        key: The bits of a uint64 as a signed number.
-    """
-    value = (ids ^ key) + _signed(0x9E3779B97F4A7C15)
-    value = (value ^ _shifted(value, 30)) * _signed(0xBF58476D1CE4E5B9)
-    value = (value ^ _shifted(value, 27)) * _signed(0x94D049BB133111EB)
-    return value ^ _shifted(value, 31) ^ _signed(1 << 63)
-
-
-def _shifted(value: torch.Tensor, places: int) -> torch.Tensor:
-    """Bits moved right, with zeros moving in."""
-    return (value >> places) & ((1 << 64 - places) - 1)
-
-
-def _signed(bits: int) -> int:
-    return bits - (1 << 64) if bits >> 63 else bits

@@ -1,4 +1,5 @@
-"""`make gpu-check`: the CUDA kernels on a real GPU, and under compute-sanitizer where it is installed.
+"""`make gpu-check`: the CUDA kernels, the head and a run on a real GPU, under compute-sanitizer where it is installed,
+and then a part of the benchmark.
 
 Needs a torch built for CUDA, ``pip install 'slidex[cuda]'`` and pytest. Ends with 1 and a message where there is no
 GPU to check.
@@ -17,6 +18,8 @@ from slidex.kernels.cuda import environment
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 SUITES = sorted(ROOT.glob("tests/**/on_device*.py"))
+MINUTES = "3"
+"""The benchmark begins no further size after so long, so that all of it takes ten."""
 SMALL = "as_exact and (plain or one-row or width-130) and float32"
 
 
@@ -36,9 +39,13 @@ def main() -> int:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer is not installed: memory accesses were not checked.")
-        return 0
-    words = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "-k", SMALL]
-    return subprocess.run(words, cwd=ROOT, check=False).returncode
+    else:
+        words = [sanitizer, "--tool", "memcheck", "--error-exitcode", "99", *pytest, "-k", SMALL]
+        status = subprocess.run(words, cwd=ROOT, check=False).returncode
+        if status:
+            return status
+    benchmark = [sys.executable, "-m", "benchmarks.gpu", "--minutes", MINUTES]
+    return subprocess.run(benchmark, cwd=ROOT, check=False).returncode
 
 
 def _refuse(reason: str) -> int:

@@ -1,0 +1,110 @@
+"""What an output layer needs of a GPU's memory, told before it is taken.
+
+An estimate, from shapes: what stays (weights, moments, index) is near exact, what a step takes for a moment is an upper
+bound for the rows and labels it was asked of. It is not there to plan with but to fail with numbers and advice instead
+of in the middle of a step.
+
+Legend: N rows in a batch, P labels of a row, C classes, D hidden width, A places per row, U places of a shared pool.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from slidex.errors import DeviceError
+from slidex.kernels.optimizer import state_size
+from slidex.nn.scoring import CLASSES_AT_ONCE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from slidex.lsh import CandidateIndex
+    from slidex.nn.options import SamplingSettings
+
+_RESERVE = 1 << 28
+"""Libraries of matrix products, code of kernels, and gaps between allocations."""
+
+
+def free_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Bytes of a GPU that this process can still get, and all of them; None for a device that is no GPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + cached, total
+
+
+def optimizer_bytes(optimizer: str | None, num_rows: int, width: int, *, bias: bool) -> int:
+    """Of the fused optimiser's float32 state of a layer; 0 without one."""
+    if optimizer is None:
+        return 0
+    return 4 * num_rows * (state_size(optimizer, width) + bias * state_size(optimizer, 1))
+
+
+def step_bytes(
+    settings: SamplingSettings, in_features: int, num_classes: int, num_rows: int, labels: int
+) -> int:
+    """What one step takes for a moment: scores and their gradient, gathered rows, and ids that are sorted.
+
+    Args:
+        settings: Of mode and sizes.
+        in_features: D.
+        num_classes: C.
+        num_rows: N.
+        labels: N P.
+    """
+    if settings.mode == "per_sample":
+        places = num_rows * (min(settings.active_size, num_classes) + -(-labels // max(1, num_rows)))
+        return 64 * places  # ids, sorted ids, their order, scores, targets, weights, gradient
+    pool = num_classes
+    if settings.mode == "shared":
+        pool = min(settings.pool_size, num_classes) + labels
+    gathered = 2 * pool * in_features if settings.mode == "exact" else 8 * pool * in_features
+    gradient = 4 * min(pool, CLASSES_AT_ONCE) * in_features
+    return 12 * num_rows * pool + gathered + gradient + 64 * pool
+
+
+def index_bytes(index: CandidateIndex | None) -> int:
+    """Of the index on the device, while it is built."""
+    return getattr(index, "bytes_on_device", 0)
+
+
+def require_memory(needed: Mapping[str, int], device: torch.device, advice: str) -> None:
+    """Raises unless a GPU has the memory; asks nothing of other devices.
+
+    Args:
+        needed: Bytes by what they are for.
+        device: Where they are to be.
+        advice: What to change.
+
+    Raises:
+        DeviceError: There is too little; the message has all numbers.
+    """
+    found = free_bytes(device)
+    total = sum(needed.values()) + _RESERVE
+    if found is None or total <= found[0]:
+        return
+    parts = ", ".join(f"{name} {_size(count)}" for name, count in needed.items() if count)
+    raise DeviceError(
+        f"The GPU {device} has {_size(found[0])} of {_size(found[1])} free; about {_size(total)} are needed: {parts}, "
+        f"and {_size(_RESERVE)} in reserve. {advice}"
+    )
+
+
+def layer_advice(settings: SamplingSettings) -> str:
+    """What of a layer can be made smaller."""
+    changes = []
+    if settings.optimizer != "rowwise_adagrad":
+        changes.append("set 'optimizer' to rowwise_adagrad")
+    if settings.mode == "exact":
+        changes.append("use mode shared")
+    elif settings.index in ("simhash", "dwta"):
+        changes.append("give the index fewer 'tables'")
+    changes.append("take fewer rows in a batch")
+    return f"To need less, {', or '.join(changes)}; or use another GPU, or the CPU."
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,192 @@
+"""What a CPU can show of the GPU benchmark: the rivals' arithmetic, bytes, tables, and that it refuses to run."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn import functional as F  # noqa: N812
+
+from benchmarks import gpu, gpu_kernels, gpu_rivals
+from benchmarks.gpu import Case, Clock, Result
+from slidex.errors import DeviceError
+from slidex.kernels.cuda import environment
+from tests.kernels.cuda import check
+
+CPU = torch.device("cpu")
+TINY = Case(300, 16, 8)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def problem():
+    torch.manual_seed(0)
+    hidden_ND = torch.randn(TINY.rows, TINY.width).requires_grad_()
+    return hidden_ND, torch.randint(TINY.classes, (TINY.rows,))
+
+
+def stepped(make, *arguments):
+    """Loss, gradient of the input and weights after one step."""
+    torch.manual_seed(1)
+    weight_CD = gpu_rivals.layer(TINY.classes, TINY.width, CPU, torch.float32)
+    hidden_ND, target_N = problem()
+    loss = make(weight_CD, *arguments)(hidden_ND, target_N)
+    return loss, hidden_ND.grad, weight_CD.detach()
+
+
+@pytest.mark.parametrize("has_torchs", [True, False])
+def test_the_dense_and_the_chunked_softmax_are_one(monkeypatch, has_torchs):
+    if not has_torchs:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+        monkeypatch.setattr(gpu_rivals, "SCORES_AT_ONCE", 3 * TINY.classes)
+    for mine, theirs in zip(stepped(gpu_rivals.chunked), stepped(gpu_rivals.dense), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_dense_softmax_is_torchs():
+    torch.manual_seed(1)
+    weight_CD = gpu_rivals.layer(TINY.classes, TINY.width, CPU, torch.float32)
+    hidden_ND, target_N = problem()
+    want = F.cross_entropy(hidden_ND @ weight_CD.T, target_N)
+    loss, grad_ND, after_CD = stepped(gpu_rivals.dense)
+    torch.testing.assert_close(loss, want.detach())
+    torch.testing.assert_close(grad_ND, torch.autograd.grad(want, hidden_ND)[0])
+    moved = (after_CD - weight_CD).abs()
+    assert 0.99 * gpu_rivals.LEARNING_RATE < moved.mean() <= moved.max() < 1.01 * gpu_rivals.LEARNING_RATE
+
+
+def test_the_sampled_softmax_is_near_the_dense_one_and_touches_its_classes_alone():
+    loss, grad_ND, after_CD = stepped(gpu_rivals.sampled, 200_000)
+    want, want_grad_ND, _ = stepped(gpu_rivals.dense)
+    torch.testing.assert_close(loss, want, rtol=2e-3, atol=0)
+    torch.testing.assert_close(grad_ND, want_grad_ND, rtol=0.05, atol=2e-4)
+    torch.manual_seed(1)
+    before_CD = gpu_rivals.layer(TINY.classes, TINY.width, CPU, torch.float32)
+    _, _, few_CD = stepped(gpu_rivals.sampled, 5)
+    assert 0 < (few_CD != before_CD).any(1).sum() <= TINY.rows + 5
+    assert (after_CD != before_CD).any(1).all()
+
+
+def test_every_way_runs_and_is_shown():
+    clock, results = Clock(CPU, steps=2, repeats=2), []
+    for way, make in gpu.ways(TINY, CPU, torch.float32).items():
+        results.append(gpu.measure(TINY, way, make, CPU, torch.float32, clock))
+        assert results[-1].milliseconds > 0
+    assert [result.way for result in results][-2:] == ["slidex, shared", "slidex, per_sample"]
+    assert all("adam; query" in result.note for result in results[-2:])
+    assert all(result.note.startswith("enqueued in ") for result in results)
+    table = gpu.rows_of(results)
+    assert {len(row) for row in table} == {len(gpu.HEADINGS)}
+    assert table[0][6] == "1"
+    hidden_ND, target_N = gpu.batches(TINY, CPU, torch.float32)[0]
+    assert hidden_ND.shape == (8, 16)
+    assert 0 <= target_N.min() <= target_N.max() < 300
+    step = gpu.slidex_step(TINY, CPU, torch.float32, mode="shared", pool_size=50)
+    losses = [step(hidden_ND, target_N) for _ in range(50)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GB more"), DeviceError("too little")])
+def test_what_does_not_fit_is_said(error):
+    def make():
+        raise error
+
+    result = gpu.measure(TINY, "dense", make, CPU, torch.float32, Clock(CPU, 1, 1))
+    assert result.milliseconds is None
+    (row,) = gpu.rows_of([result])
+    assert row[-1] == f"does not fit: {error}"
+    assert len(row) == len(gpu.HEADINGS)
+
+
+def test_ratios_and_goals_are_of_what_was_measured():
+    million = Case(1_000_000, 768, 256)
+    ten = Case(10_000_000, 768, 256)
+    thirty = Case(30_000_000, 768, 256)
+    results = [
+        Result(million, "dense", 30.0, 8_000_000_000, ""),
+        Result(million, "slidex, shared", 5.0, 2_000_000_000, ""),
+        Result(million, "slidex, per_sample", 10.0, 1_000_000_000, ""),
+        Result(ten, "dense", None, 0, "does not fit"),
+        Result(ten, "slidex, shared", 7.0, 2_000_000_000, ""),
+        Result(thirty, "slidex, shared", None, 0, "does not fit"),
+    ]
+    assert [row[6:8] for row in gpu.rows_of(results)[:3]] == [["1", "1"], ["6", "0.25"], ["3", "0.125"]]
+    assert gpu.goals(results) == [
+        "goal at C = 1,000,000, D = 768, N = 256: 5 times as fast as dense; got 6 times, 0.25 of its memory",
+        "goal at C = 10,000,000, D = 768, N = 256: 30 times as fast as dense in 0.33 of its memory; got dense does not "
+        "fit",
+        "goal at C = 30,000,000, D = 768, N = 256: does not fit",
+    ]
+    assert gpu.goals(results[:3])[1:] == []
+    assert set(gpu.GOALS) <= {(case.classes, case.width) for case in gpu.CASES}
+
+
+def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arrays():
+    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, features=3)
+    calls = gpu_kernels.calls(sizes, CPU, torch.float32)
+    assert set(gpu_kernels.HOT) < set(calls)
+    block_UD = calls["gather_rows"][0][0][:20]
+    assert calls["gather_rows"][1] == 2 * block_UD.nbytes + 20 * (8 + 4)
+    grad_NA, target_NA, _ = calls["softmax_loss"][0]
+    assert calls["softmax_loss"][1] == 2 * grad_NA.nbytes + target_NA.nbytes + 4 * 4
+    active_NA = calls["pair_logits"][0][3]
+    rows = len(active_NA.unique()) * 8 * 4
+    assert calls["pair_logits"][1] == 4 * 8 * 4 + rows + active_NA.nbytes + 4 * 24
+    assert calls["pair_update"][1] == 4 * 8 * 4 + 6 * rows + active_NA.nbytes + 4 * 24
+    clock = Clock(CPU, steps=1, repeats=1)
+    rate = gpu_kernels.copy_rate(CPU, clock, 1 << 20)
+    assert rate > 1e8
+    found = gpu_kernels.shares(sizes, CPU, torch.float32, clock, rate)
+    assert [share.kernel for share in found] == list(calls)
+    for share in found:
+        assert share.share == pytest.approx(share.nbytes / share.seconds / rate)
+    assert all(len(row) == 4 for row in gpu.kernel_rows(found))
+
+
+def test_the_clock_counts_calls_and_leaves_the_first_out(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ticks))
+    calls = []
+    assert Clock(CPU, steps=4, repeats=3).seconds(lambda: calls.append(1)) == 1 / 4
+    assert len(calls) == gpu.WARM_UP + 12
+    assert Clock(CPU).host_seconds(lambda: calls.append(1)) == 1 / gpu.HOST_STEPS
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch):
+    def none(device):
+        raise DeviceError("The NVIDIA driver shows no GPU.")
+
+    monkeypatch.setattr(environment, "require_device", none)
+    result = CliRunner().invoke(gpu.main, [])
+    assert result.exit_code == 1
+    assert result.stderr == "Nothing was measured. The NVIDIA driver shows no GPU.\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("failing", "ran"), [(None, 3), ("pytest", 1), ("compute-sanitizer", 2)])
+def test_the_check_of_a_gpu_ends_with_the_benchmark(monkeypatch, failing, ran):
+    words = []
+
+    def run(command, **_):
+        words.append(command)
+        kind = "compute-sanitizer" if "compute-sanitizer" in command[0] else command[2]
+        return SimpleNamespace(returncode=7 if kind == failing else 0)
+
+    monkeypatch.setattr(environment, "simulated", lambda: False)
+    monkeypatch.setattr(environment, "require_device", lambda _: None)
+    monkeypatch.setattr(check.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(check.subprocess, "run", run)
+    assert check.main() == (0 if failing is None else 7)
+    assert len(words) == ran
+    for name in (
+        "on_device",
+        "on_device_hash_index",
+        "on_device_head",
+        "on_device_ops",
+        "on_device_training",
+    ):
+        assert any(word.endswith(f"{name}.py") for word in words[0]), name
+    if ran == 3:
+        assert words[2][1:] == ["-m", "benchmarks.gpu", "--minutes", check.MINUTES]
