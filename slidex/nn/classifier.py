@@ -204,7 +204,7 @@ class Classifier:
                     continue
                 if self.ranker.search is not None:
                     more_NB = self.ranker.search.beside(rows, ids_NK)
-                    logits_NB = pair_logits(hidden_ND, self.head.weight, self.head.bias, more_NB)
+                    logits_NB = self.head.logits(hidden_ND, more_NB.to(hidden_ND.device)).cpu()
                     logits_NK, ids_NK = torch.cat([logits_NK, logits_NB], 1), torch.cat([ids_NK, more_NB], 1)
                 yield Ranked(*self.ranker.rank(rows, logits_NK, ids_NK, k), log_total_N)
 
