@@ -64,7 +64,7 @@ class TrainConfig(SamplingSettings):
         high=4096,
     )
     ranker_weight: float = setting(
-        12.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+        16.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
     ranker_tail: float = setting(
         0.0,
