@@ -38,6 +38,7 @@ class TrainingDisplay:
             self._line(
                 f"mode {config['mode']}, {facts['total_steps']:,} steps of {config['batch_size']} rows, "
                 f"precision {config['precision']}, index {config['index'] if config['mode'] != 'exact' else 'none'}"
+                + (f", on {config['device']}" if config["device"] != "cpu" else "")
             )
             self._bar = bar(facts["total_steps"], "step", "train", initial=facts["step"])
         elif event == "compiling":

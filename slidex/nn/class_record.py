@@ -60,9 +60,9 @@ class ClassRecord:
         own = len(labels.ids_P) if labels.num_rows == 1 else 0
         if ids.ndim == 2:
             own = labels.widest
-        ids = ids.where(ids >= 0, len(self.flags_C1) - 1)
-        for part, bits in ((ids, SEEN | TOUCHED), (ids[..., own:], NEGATIVE)):
-            self.flags_C1[part] = self.flags_C1[part] | bits
+        for part, bits in ((ids[..., :own], SEEN | TOUCHED), (ids[..., own:], SEEN | TOUCHED | NEGATIVE)):
+            if part.numel():  # the last byte is that of -1 too
+                self.flags_C1[part] = self.flags_C1[part] | bits
 
     def ids(self, bit: int) -> torch.Tensor:
         """Classes that have the bit: int64, ascending."""

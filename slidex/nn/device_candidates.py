@@ -55,14 +55,17 @@ class DeviceSelector:
             parts[1] = self._index.padded_pool(hidden_ND, chosen.retrieved, step=step)
         ids_M = torch.cat(parts)
         sorted_M, order_M = ids_M.sort(stable=True)
-        kept_M = _first_of_each(sorted_M, order_M)
-        ids_U = ids_M.where(kept_M, -1)
+        void_M = _not_first(sorted_M, order_M)
+        ids_U = ids_M.masked_fill(void_M, -1)
         positions_P = labels.ids_P
         if len(ids_M):
             positions_P = order_M[torch.searchsorted(sorted_M, labels.ids_P)]
-        true, retrieved, random = (part.sum() for part in kept_M.split([len(part) for part in parts]))
-        offset_U = self._pool_offset(ids_U, labels, true + retrieved, random, len(parts[2]))
-        offset_U = offset_U.to(hidden_ND.dtype).masked_fill_(~kept_M, -torch.inf)
+        sizes = [len(part) for part in parts]
+        true, retrieved, random = (
+            size - part.sum() for size, part in zip(sizes, void_M.split(sizes), strict=True)
+        )
+        offset_U = self._pool_offset(ids_U, labels, true + retrieved, random, sizes[2])
+        offset_U = offset_U.to(hidden_ND.dtype).masked_fill_(void_M, -torch.inf)
         targets = labels.indptr, positions_P, labels.share_P
         return Pool(ids_U, offset_U, *targets, retrieved, random, labels.row_P)
 
@@ -78,18 +81,20 @@ class DeviceSelector:
             )
         random = self._random(step)
         ids_NA = torch.cat([*parts, random.expand(num_rows, -1)], 1)
-        kept_NA = _first_of_each(*ids_NA.sort(dim=1, stable=True))
-        active_NA = ids_NA.where(kept_NA, -1)
+        void_NA = _not_first(*ids_NA.sort(dim=1, stable=True))
+        active_NA = ids_NA.masked_fill(void_NA, -1)
         target_NA = torch.zeros(active_NA.shape, dtype=hidden_ND.dtype, device=ids_NA.device)
         target_NA.index_put_((labels.row_P, labels.slot_P), labels.share_P.to(target_NA.dtype))
         offset_NA = None
         if chosen.correction != "none":
             first = ids_NA.shape[1] - len(random)
-            exact_N, tail_N = (part.sum(1, keepdim=True) for part in kept_NA.tensor_split([first], 1))
+            exact_N, tail_N = (
+                part.shape[1] - part.sum(1, keepdim=True) for part in void_NA.tensor_split([first], 1)
+            )
             weight_NA = self._tail_log_weight(active_NA[:, first:], exact_N, tail_N)
-            weight_NA = weight_NA.expand(num_rows, len(random)).masked_fill(~kept_NA[:, first:], 0)
+            weight_NA = weight_NA.expand(num_rows, len(random)).masked_fill(void_NA[:, first:], 0)
             offset_NA = torch.nn.functional.pad(weight_NA, (first, 0)).to(hidden_ND.dtype)
-        return ActiveSets(active_NA, target_NA, offset_NA, kept_NA.sum())
+        return ActiveSets(active_NA, target_NA, offset_NA, void_NA.numel() - void_NA.sum())
 
     def _random(self, step: int) -> torch.Tensor:
         return self._placement.send(self._chosen.sampler.sample(self._chosen.random, step))
@@ -113,7 +118,7 @@ class DeviceSelector:
             return offset_U
         if self._chosen.correction == "logq" and self._label_share_C is not None:
             true_P = ids_U[: len(labels.ids_P)].clamp(min=0)
-            missed_P = (1 - self._label_share_C[true_P]) ** labels.indptr[-1]
+            missed_P = (1 - self._label_share_C[true_P]) ** labels.count
             missed_P *= 1 - self._inclusion(true_P)
             offset_U[: len(true_P)] = -torch.log1p(-missed_P.clamp(max=1 - 1e-9))
         first = len(ids_U) - last
@@ -152,8 +157,8 @@ def batch_classes(ids_P: torch.Tensor, most: int, key: int) -> torch.Tensor:
     return sorted_P[places].masked_fill_(hashes == _LAST, -1)
 
 
-def _first_of_each(sorted_M: torch.Tensor, order_M: torch.Tensor) -> torch.Tensor:
-    """Whether an id is no pad and the first of its kind, along the last dimension, from a stable sort of the ids."""
-    first_M = sorted_M >= 0
-    first_M[..., 1:] &= sorted_M[..., 1:] != sorted_M[..., :-1]
-    return torch.zeros_like(first_M).scatter_(-1, order_M, first_M)
+def _not_first(sorted_M: torch.Tensor, order_M: torch.Tensor) -> torch.Tensor:
+    """Whether an id is a pad, or not the first of its kind along the last dimension, from a stable sort of the ids."""
+    void_M = sorted_M < 0
+    void_M[..., 1:] |= sorted_M[..., 1:] == sorted_M[..., :-1]
+    return torch.empty_like(void_M).scatter_(-1, order_M, void_M)

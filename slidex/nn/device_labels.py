@@ -20,10 +20,10 @@ PAD = -1
 
 @dataclass(frozen=True, slots=True)
 class DeviceLabels:
-    """Compressed sparse rows, with pads after the last label where the number of labels is known on the device alone.
+    """Compressed sparse rows, with pads where the number of labels is known on the device alone.
 
     Args:
-        indptr: int64 (N + 1,); ``indptr[N]`` is the number of labels, at most P.
+        indptr: int64 (N + 1,), of the labels; pads come after the last, unless a row has one place, which may be a pad.
         ids_P: int64 (P,), row by row; -1 in pads.
         row_P: int64 (P,), the row of each.
         slot_P: int64 (P,), its place in the row; no two entries have one place.
@@ -57,13 +57,17 @@ class DeviceLabels:
     @classmethod
     def from_padded(cls, ids_NP: torch.Tensor, num_columns: int) -> DeviceLabels:
         """Those of a matrix int64 (N, labels of a row), padded with -1 anywhere."""
-        widest = ids_NP.shape[1]
+        num_rows, widest = ids_NP.shape
+        if widest == 1:
+            indptr, ids_P = torch.arange(num_rows + 1, device=ids_NP.device), ids_NP[:, 0]
+            share_P = (ids_P >= 0).double()
+            return cls(indptr, ids_P, indptr[:-1], torch.zeros_like(ids_P), share_P, 1, num_columns)
         labelled_NP = ids_NP >= 0
         counts_N = labelled_NP.sum(1)
         indptr = torch.nn.functional.pad(counts_N.cumsum(0), (1, 0))
         order_P = (~labelled_NP.flatten()).byte().argsort(stable=True)
         row_P, ids_P = order_P // max(1, widest), ids_NP.flatten()[order_P]
-        share_P = torch.where(ids_P >= 0, 1 / counts_N[row_P].double(), 0)
+        share_P = (1 / counts_N[row_P].double()).masked_fill_(ids_P < 0, 0)
         return cls(indptr, ids_P, row_P, order_P % max(1, widest), share_P, widest, num_columns)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -75,8 +79,15 @@ class DeviceLabels:
         """N."""
         return len(self.indptr) - 1
 
+    @property
+    def count(self) -> torch.Tensor:
+        """The number of labels, float64 ()."""
+        return (self.share_P > 0).sum(dtype=torch.float64)
+
     def padded_ids(self) -> torch.Tensor:
         """The labels of every row, int64 (N, widest), -1 where there is none."""
+        if self.widest == 1 and len(self.ids_P) == self.num_rows:
+            return self.ids_P[:, None]
         ids_NP = self.ids_P.new_full((self.num_rows, self.widest), PAD)
         return ids_NP.index_put_((self.row_P, self.slot_P), self.ids_P)
 

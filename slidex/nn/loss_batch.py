@@ -96,7 +96,8 @@ def device_batch(sampling: Sampling, hidden_ND: torch.Tensor, input_: torch.Tens
     )
     mass_P, mass = labels.mass(asked.class_weights), None
     total = mass_P.sum()
-    scale = (1 / total).where(total > 0, 1).to(hidden_ND.dtype) if asked.reduction == "mean" else 1.0
+    # Without any label it is infinite, and loss and gradient are NaN.
+    scale = total.reciprocal().to(hidden_ND.dtype) if asked.reduction == "mean" else 1.0
     if asked.class_weights is not None or asked.label_smoothing > 0:
         mass = LabelMass(mass_P, asked.label_smoothing, asked.class_weights)
     counts = [len(hidden_ND)]

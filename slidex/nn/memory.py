@@ -28,8 +28,8 @@ _RESERVE = 1 << 28
 
 
 def free_bytes(device: torch.device) -> tuple[int, int] | None:
-    """Bytes of a GPU that this process can still get, and all of them; None for a device that is no GPU."""
-    if device.type != "cuda":
+    """Bytes of a GPU that this process can still get, and all of them; None for one that is no GPU, or not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

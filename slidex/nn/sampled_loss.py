@@ -66,7 +66,7 @@ class SampledLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 hidden_grad_ND = sampling.scorer.hidden_grad(scored)
                 if keep is not None:
-                    hidden_grad_ND = hidden_grad_ND.where(keep, 0)
+                    hidden_grad_ND = hidden_grad_ND.masked_fill(~keep, 0)
                 if sampling.shard is not None:
                     hidden_grad_ND = sampling.shard.reduce(hidden_grad_ND)
                     hidden_grad_ND = sampling.shard.take_own(hidden_grad_ND, ctx.batch.counts)

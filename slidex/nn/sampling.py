@@ -191,11 +191,8 @@ class Sampling:
         self.step += 1
         if reduction == "none":
             return loss.reshape(input_.shape[:-1])
-        if reduction == "sum":
-            return loss
-        if isinstance(batch.total, torch.Tensor):
-            return loss * torch.ones_like(loss).where(batch.total > 0, math.nan)
-        return loss if batch.total > 0 else loss * math.nan
+        counted = reduction == "sum" or isinstance(batch.total, torch.Tensor) or batch.total > 0
+        return loss if counted else loss * math.nan
 
     def rehash(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> None:
         """Builds the index over these rows now, whatever the schedule says."""
@@ -285,12 +282,13 @@ class Sampling:
         Raises:
             DivergedError: On the CPU, if the loss or its gradient is not finite.
         """
-        finite = torch.isfinite(scored.loss_N).all() & torch.isfinite(scored.grad).all()
         step, rate = self.step, self.learning_rate
         if self.placement.waits:
-            if not finite:
+            if not (torch.isfinite(scored.loss_N).all() and torch.isfinite(scored.grad).all()):
                 raise _diverged(step, rate)
             return None
+        total = scored.loss_N.sum() + scored.grad.sum()
+        finite = total - total == 0  # a few operations; what is not finite makes NaN of it
         self._late.expect((~finite).long() - 1, lambda _: _diverged(step, rate))
         return finite if wrong is None else finite & (wrong < 0)
 

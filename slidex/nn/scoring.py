@@ -82,7 +82,7 @@ class Scored:
 
     def masked(self, keep: torch.Tensor) -> Scored:
         """Itself where `keep`, bool (), is true; else without any class, so that an update writes nothing."""
-        return replace(self, ids=self.ids.where(keep, -1))
+        return replace(self, ids=self.ids.masked_fill(~keep, -1))
 
 
 class Scorer:
@@ -249,7 +249,7 @@ class Scorer:
             )
             return ids_U, torch.sparse.mm(grad, hidden_ND), torch.sparse.sum(grad, 1).to_dense()
         if self.pads:  # another entry of the last class, all zeros
-            ids = ids.where(ids >= 0, ids.max().clamp(min=0))
+            ids = torch.where(ids >= 0, ids, ids.max().clamp(min=0))
         ids_U, order = ids.sort()
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
@@ -280,7 +280,11 @@ class Scorer:
         if self.loss == "logistic":
             weight_U = torch.ones_like(bias_U) if offset_U is None else offset_U.exp()
             loss_N = self._kernels.shared_logistic_loss(
-                logits_NU.add_(bias_U), indptr, positions, torch.ones_like(weights), weight_U * row_scale
+                logits_NU.add_(bias_U),
+                indptr,
+                positions,
+                (weights > 0).to(weights.dtype),
+                weight_U * row_scale,
             )
             return self._over_processes(loss_N), logits_NU
         if mass is not None and mass.smoothing > 0:

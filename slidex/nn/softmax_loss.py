@@ -14,6 +14,7 @@ from torch import nn
 
 from slidex.errors import ConfigError
 from slidex.lsh import exact_topk
+from slidex.nn import placement as placements
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
 from slidex.nn.memory import layer_advice, require_memory
 from slidex.nn.options import SamplingOptions
@@ -73,7 +74,9 @@ class LSHSoftmaxLoss(nn.Module):
 
     Raises:
         ConfigError: An argument is out of its range, or options do not fit each other or the layer.
-        DeviceError: The GPU named by `device` has too little memory for the layer and what trains it.
+        DeviceError: The GPU named by `device` has too little memory for the layer and what trains it, or with options
+            cannot be used.
+        MissingExtraError: With options, the packages for a GPU named by `device` are not installed.
     """
 
     weight: nn.Parameter
@@ -105,6 +108,8 @@ class LSHSoftmaxLoss(nn.Module):
         self.options = options
         self._sampling = None if options is None else Sampling(options, in_features, num_classes)
         if device is not None and torch.device(device).type == "cuda":
+            if options is not None:
+                placements.place(torch.device(device))  # says what is missing
             self._require_memory(torch.device(device), dtype or torch.get_default_dtype(), bias=bias)
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None

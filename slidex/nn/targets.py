@@ -92,15 +92,15 @@ def as_device_labels(
     absent_NP = ids_NP == (TORCH_IGNORE_INDEX if ignore_index is None else ignore_index)
     if target.dim() > len(lead):
         absent_NP |= ids_NP == PAD
-    outside_NP = ~absent_NP & ((ids_NP < 0) | (ids_NP >= num_classes))
+    outside_NP = ((ids_NP < 0) | (ids_NP >= num_classes)) & ~absent_NP
     ids_NP = ids_NP.masked_fill(absent_NP | outside_NP, PAD)
-    rising_NP = ids_NP.sort(1).values
-    twice_NP = (rising_NP[:, 1:] == rising_NP[:, :-1]) & (rising_NP[:, 1:] >= 0)
-    row_N = torch.arange(len(ids_NP), device=ids_NP.device)
-    codes = [2 * row_N + kind for kind in range(2)]
-    faults = (outside_NP.any(1), twice_NP.any(1))
-    worst = torch.cat([code.masked_fill(~bad, -1) for code, bad in zip(codes, faults, strict=True)])
-    wrong = worst.amax() if len(worst) else worst.new_full((), -1)
+    rank_N = torch.arange(1, 2 * len(ids_NP) + 1, 2, device=ids_NP.device)
+    wrong_N = rank_N * outside_NP.any(1)
+    if ids_NP.shape[1] > 1:
+        rising_NP = ids_NP.sort(1).values
+        twice_NP = (rising_NP[:, 1:] == rising_NP[:, :-1]) & (rising_NP[:, 1:] >= 0)
+        wrong_N = torch.maximum(wrong_N, (rank_N + 1) * twice_NP.any(1))
+    wrong = wrong_N.amax() - 1 if len(wrong_N) else wrong_N.new_full((), -1)
     return DeviceLabels.from_padded(ids_NP, num_classes), wrong
 
 

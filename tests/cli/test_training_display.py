@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from slidex.cli.training_display import COMPILING, TrainingDisplay
 
-START = {"step": 0, "total_steps": 3, "config": {"mode": "exact", "batch_size": 4, "precision": "float32"}}
+CONFIG = {"mode": "exact", "batch_size": 4, "precision": "float32", "device": "cpu"}
+START = {"step": 0, "total_steps": 3, "config": CONFIG}
 
 
 def shown(capsys, *events):
@@ -18,6 +19,12 @@ def test_a_run_that_loads_its_kernels_says_nothing_of_compiling(capsys):
     lines = shown(capsys, ("start", START), ("step", {"step": 1}))
     assert len(lines) == 1
     assert not any("compil" in line for line in lines)
+
+
+def test_a_run_on_a_gpu_says_so(capsys):
+    (line,) = shown(capsys, ("start", START | {"config": CONFIG | {"device": "cuda:1"}}))
+    assert line == "mode exact, 3 steps of 4 rows, precision float32, index none, on cuda:1"
+    assert "on c" not in shown(capsys, ("start", START))[0]
 
 
 def test_a_run_that_compiles_says_so_once_and_its_bar_names_the_kernels(capsys, monkeypatch):

@@ -92,7 +92,7 @@ def _no_digit(digits_B, lender):
         (dwta, "_digit", _no_digit, PARITY[-1]),
         (dwta, "_nearest", lambda *_: 0, PARITY[-2]),
         (tables, "_sortable", lambda codes: codes, PARITY[1]),
-        (tables, "mix_ids", lambda ids, _: ids, PARITY[0]),
+        (device_voting, "mix", lambda key: key, PARITY[0]),
     ],
 )
 def test_what_is_broken_is_noticed(monkeypatch, module, name: str, broken, variant) -> None:

@@ -53,7 +53,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile_to_integer_ptx(launches: list[Launch], tmp_path: Path, capability) -> None:
     names = {launch.kernel.name for launch in launches}
-    assert names == {"query_tables", "pool_votes", "find_winners", "find_runners_up", "pack_codes"}
+    assert names == {
+        *("query_tables", "pool_votes", "rank_votes"),
+        *("find_winners", "find_runners_up", "pack_codes"),
+    }
     for launch in launches:
         ptx = compile_ptx(launch, capability)
         assert [launch.kernel.name in entry for entry in entry_points(ptx)] == [True]
@@ -102,6 +105,12 @@ def test_votes_of_compiled_kernels_are_those_of_the_cpu(num_classes: int, k: int
     kernels.pool_votes(*read, votes_C)
     voted = np.flatnonzero(votes_C >= made._min_votes)
     assert np.array_equal(voted, made.pool(codes_NLV, num_classes, step=5))
+    order_C, budget = np.zeros(num_classes, dtype=np.int64), max(1, len(voted) // 2)
+    cut = np.sort(votes_C)[-budget:][:1]
+    kernels.rank_votes(votes_C, cut, 7, 5, order_C)
+    chosen = np.sort(np.argsort(order_C, kind="stable")[:budget])
+    assert np.array_equal(chosen, made.pool(codes_NLV, budget, step=5))
+    assert ((order_C == kernels.NEVER) == (votes_C < cut)).all()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from slidex.data import CsrArrays
 from slidex.errors import ConfigError, DivergedError
 from slidex.kernels import OPTIMIZERS
 from slidex.nn import LSHSoftmaxLoss, SamplingOptions
-from slidex.nn.scoring import Scorer
+from slidex.nn.device_labels import DeviceLabels
+from slidex.nn.scoring import Rows, Scorer
 from slidex.nn.sharding import Shard
 from tests.nn.device_path import on_device, take_device_path
 from tests.waiting import NoWaiting
@@ -343,3 +344,18 @@ def test_small_batches(monkeypatch, case, rows, labels):
         results.append(steps(make_head(case, reduction="sum", optimizer="adam", index="none")))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "logistic"])
+@pytest.mark.parametrize("padded_NP", [[[3], [-1], [0]], [[3, -1], [-1, -1], [-1, 0]]])
+def test_pads_are_no_labels(loss, padded_NP):
+    """Wherever they stand, and in whatever loss."""
+    rows = Rows(torch.randn(5, D, dtype=torch.float64, generator=generator()), None)
+    hidden_ND = torch.randn(3, D, dtype=torch.float64, generator=generator(1))
+    here, there = Scorer("exact", loss=loss), Scorer("exact", loss=loss)
+    there.place(on_device(torch.device("cpu")), "none")
+    labels = CsrArrays(np.array([0, 1, 1, 2]), np.array([3, 0], dtype=np.int32), None, 5)
+    want = here.score(rows, hidden_ND, labels, 0)
+    got = there.score(rows, hidden_ND, DeviceLabels.from_padded(torch.tensor(padded_NP), 5), 0)
+    torch.testing.assert_close(got.loss_N, want.loss_N, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12)

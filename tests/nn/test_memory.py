@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slidex.errors import DeviceError
+from slidex.kernels.cuda import environment
 from slidex.lsh import make_index
 from slidex.nn import LSHSoftmaxLoss, SamplingOptions, memory
 from tests.nn.device_path import take_device_path
@@ -18,6 +19,7 @@ def gpu(monkeypatch):
     """Sets what a GPU has free, of 80 GB, and how much of its cache torch does not use."""
 
     def has(free, cached=0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free), int(80e9)))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: int(cached) + 100)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100)
@@ -51,7 +53,8 @@ def test_too_little_memory_is_told_with_all_numbers(gpu):
         (SamplingOptions(sparse_grad=False, mode="exact"), ["gradient 51.60 GB", "use mode shared"]),
     ],
 )
-def test_a_layer_is_refused_before_it_is_made(gpu, options, words):
+def test_a_layer_is_refused_before_it_is_made(gpu, monkeypatch, options, words):
+    take_device_path(monkeypatch)
     gpu(20e9)
     with pytest.raises(DeviceError) as caught:
         LSHSoftmaxLoss(128, 100_000_000, bias=True, device="cuda:0", options=options)
@@ -89,3 +92,12 @@ def test_what_is_estimated_covers_what_is_there(monkeypatch):
     for mode, scores in (("exact", 7 * 3000), ("shared", 7 * 2007), ("per_sample", 7 * 513)):
         settings = SamplingOptions(mode=mode, pool_size=2000)
         assert memory.step_bytes(settings, 16, 3000, 7, 7) > 8 * scores
+
+
+def test_a_gpu_that_is_not_there_is_a_plain_word(monkeypatch):
+    pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
+    monkeypatch.setattr(environment, "_built_for", lambda: None)
+    with pytest.raises(DeviceError, match=r"is built without CUDA\. Install a CUDA build of torch"):
+        LSHSoftmaxLoss(8, 50, device="cuda", options=SamplingOptions())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert memory.free_bytes(GPU) is None

@@ -23,8 +23,7 @@ import torch
 
 from slidex.kernels.cuda.launch import WARP
 from slidex.lsh.cuda.grid import MOST_BLOCKS, THREADS, blocks_of
-from slidex.lsh.cuda.voting import HASH_DIGITS, pool_votes, query_tables
-from slidex.lsh.mixing import hash_key, mix_ids
+from slidex.lsh.cuda.voting import HASH_DIGITS, NEVER, pool_votes, query_tables, rank_votes
 from slidex.lsh.reading import OVERFLOWS
 
 if TYPE_CHECKING:
@@ -33,14 +32,13 @@ if TYPE_CHECKING:
 _WORKSPACE_BYTES = 1 << 29
 """The most memory for hash tables of votes; where a query may touch very many classes, fewer rows run side by side."""
 _BIAS = -(1 << 15)
-_FIRST, _LAST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class DeviceTables:
     """Classes by code; see `slidex.lsh.tables.BucketTables`.
 
     Memory: ``4 L (C + 2^K + 1)`` bytes, the codes ``2 L C`` bytes (4 beyond 16 bits). For a time: the ``4 L C`` bytes
-    of the codes given to `build` and near 30 bytes a class as a table is sorted; 40 bytes a class as a pool is
+    of the codes given to `build` and near 30 bytes a class as a table is sorted; 20 bytes a class as a pool is
     chosen; at most `_WORKSPACE_BYTES` in a query.
 
     Args:
@@ -173,12 +171,10 @@ class DeviceTables:
         )
         budget = min(budget, len(votes_C))
         cut = votes_C.topk(budget, sorted=False).values.min().clamp(min=self._min_votes)
-        ids = torch.arange(len(votes_C), device=votes_C.device)
-        order_C = mix_ids(ids, hash_key(step ^ self._seed))
-        order_C = torch.where(votes_C == cut, order_C.clamp(_FIRST + 1, _LAST - 1), _LAST)
-        order_C.masked_fill_(votes_C > cut, _FIRST)
+        order_C = torch.empty(len(votes_C), dtype=torch.int64, device=votes_C.device)
+        rank_votes.launch(blocks_of(len(votes_C)), THREADS, votes_C, cut.view(1), self._seed, step, order_C)
         order, found = order_C.topk(budget, largest=False, sorted=False)
-        found = found.masked_fill_(order == _LAST, len(votes_C)).sort().values
+        found = found.masked_fill_(order == int(NEVER), len(votes_C)).sort().values
         return found.masked_fill_(found == len(votes_C), -1)
 
 
