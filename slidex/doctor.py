@@ -43,10 +43,8 @@ GATHER_NS = 0.72  # per weight copied into the pool's block
 SCATTERED_ADAM_NS = 1.65  # per weight, rows in random order
 PAIR_NS = 33.0  # per row and active class: softmax, transposing the pairs
 PAIR_DIMENSION_NS = 1.4  # per row, active class and dimension: scores, both gradients, Adam
-SELECTION_NS = {
-    "shared": 12_000.0,
-    "per_sample": 55_000.0,
-}  # per row: hashing, voting, random classes, merging
+# Hashing, voting, random classes and merging, per row.
+SELECTION_NS = {"shared": 12_000.0, "per_sample": 55_000.0}
 
 NEAR_TIE = 1.25
 """A mode within this factor of the fastest counts as equally fast; the first in `MODES` wins then."""
