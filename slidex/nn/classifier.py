@@ -189,6 +189,7 @@ class Classifier:
         wanted = self._wanted(k)
         for start in range(0, x.num_rows, PREDICT_ROWS):
             rows = x.take(np.arange(start, min(start + PREDICT_ROWS, x.num_rows)))
+            # Nothing is yielded in here: whoever asked for the rows keeps their gradient mode.
             with torch.no_grad():
                 hidden_ND = self.encoder(rows)
                 if index is not None:
@@ -199,14 +200,17 @@ class Classifier:
                     found = *self.head.topk(hidden_ND, wanted), None
                 logits_NK, ids_NK = found[0].cpu(), found[1].cpu()
                 log_total_N = None if found[2] is None else found[2].cpu()
-                if self.ranker is None:
-                    yield Ranked(logits_NK, ids_NK, logits_NK, log_total_N)
-                    continue
-                if self.ranker.search is not None:
-                    more_NB = self.ranker.search.beside(rows, ids_NK)
-                    logits_NB = self.head.logits(hidden_ND, more_NB.to(hidden_ND.device)).cpu()
-                    logits_NK, ids_NK = torch.cat([logits_NK, logits_NB], 1), torch.cat([ids_NK, more_NB], 1)
-                yield Ranked(*self.ranker.rank(rows, logits_NK, ids_NK, k), log_total_N)
+                best = logits_NK, ids_NK, logits_NK
+                if self.ranker is not None:
+                    if self.ranker.search is not None:
+                        more_NB = self.ranker.search.beside(rows, ids_NK)
+                        logits_NB = self.head.logits(hidden_ND, more_NB.to(hidden_ND.device)).cpu()
+                        logits_NK, ids_NK = (
+                            torch.cat([logits_NK, logits_NB], 1),
+                            torch.cat([ids_NK, more_NB], 1),
+                        )
+                    best = self.ranker.rank(rows, logits_NK, ids_NK, k)
+            yield Ranked(*best, log_total_N)
 
     def _wanted(self, k: int) -> int:
         """Classes that the head must give for `k` ranked ones."""

@@ -285,5 +285,6 @@ def test_kernels_are_found_by_device() -> None:
     for name in KERNELS:
         assert callable(getattr(cpu, name))
         assert callable(getattr(reference, name))
-    linear = ["linear_fit", "linear_scores"]  # tests/kernels/test_linear.py
-    assert sorted([*KERNELS, *linear]) == sorted(cpu.__all__)
+    # Those of the ranker, which works on the CPU: tests/kernels/test_linear.py and test_centroids.py.
+    ranker = ["linear_fit", "linear_scores", "class_centroids", "nearest_centroids"]
+    assert sorted([*KERNELS, *ranker]) == sorted(cpu.__all__)

@@ -145,6 +145,15 @@ def test_classes_of_the_nearest_centroids_are_ranked_beside_the_networks(indexed
     assert brought > 100
 
 
+def test_rows_asked_for_one_by_one_leave_the_gradient_mode_alone() -> None:
+    network, x = model(), random_rows(PREDICT_ROWS + 20, 2)
+    one, other = network.topk(x, 3), network.topk(x, 3)
+    for _ in zip(one, other, strict=True):
+        assert torch.is_grad_enabled()
+    next(network.topk(x, 3))
+    assert torch.is_grad_enabled()
+
+
 def test_partition_function_and_logits_stay_the_networks() -> None:
     network, x = model(), random_rows(30, 3)
     ranked = replace(network, ranker=ranker(C))
