@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import platform
 import statistics
@@ -34,7 +35,7 @@ class Comparison:
         what: The work, and the way slidex does it.
         rival: Who else does it.
         unit: Of the figures; less is better.
-        ours: One figure for each repeat.
+        ours: One figure for each repeat; infinite for what slidex did not reach.
         theirs: The rival's, taken by turns with ours: as many.
         note: What else belongs to the line.
     """
@@ -51,8 +52,9 @@ class Comparison:
         return [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """The line for a JSON file."""
-        return {**asdict(self), "ratio": statistics.median(self.ratios())}
+        """The line for a JSON file, which has no number for what was not reached: None."""
+        ours = [value if math.isfinite(value) else None for value in self.ours]
+        return {**asdict(self), "ours": ours, "ratio": statistics.median(self.ratios())}
 
     def cells(self) -> list[str]:
         """What the table shows, under `HEADINGS`."""
@@ -63,7 +65,7 @@ class Comparison:
             self.what,
             self.rival,
             self.unit,
-            f"{ours:.4g}",
+            f"{ours:.4g}" if math.isfinite(ours) else "not reached",
             f"{theirs:.4g}",
             f"{statistics.median(ratios):.3g}",
             spread,

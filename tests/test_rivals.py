@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pickle
 from pathlib import Path
 
@@ -105,6 +106,13 @@ def test_a_line_shows_medians_and_the_ratio_of_each_repeat() -> None:
     assert line.facts()["ratio"] == 10.0
     table = report.markdown([report.HEADINGS, line.cells()]).splitlines()
     assert len({row.count("|") for row in table}) == 1
+
+
+def test_what_was_not_reached_is_said_and_is_json() -> None:
+    report = importlib.import_module("benchmarks.report")
+    line = report.Comparison("work", "rival", "s", [float("inf")], [10.0])
+    assert line.cells()[3:6] == ["not reached", "10", "0"]
+    assert json.loads(json.dumps(line.facts(), allow_nan=False))["ours"] == [None]
 
 
 @pytest.mark.parametrize("quick", [False, True])

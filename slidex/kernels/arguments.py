@@ -126,3 +126,18 @@ class Checks(ABC, Generic[View]):
         if tensor.dtype != torch.int64:
             self.fail(name, "of dtype torch.int64", tensor.dtype)
         return self.tensor(name, tensor, shape)
+
+
+def refuse_part(owner: str, name: str, constraint: str, found: object) -> NoReturn:
+    """Raises ConfigError for a part of a record of tensors."""
+    raise ConfigError(f"The {name!r} parameter of {owner} must be {constraint}. Got {found} instead.")
+
+
+def check_part(
+    owner: str, name: str, tensor: torch.Tensor, kinds: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> None:
+    """Refuses a part of a record that is not contiguous, or has another dtype or shape."""
+    if tensor.dtype not in kinds or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+        refuse_part(
+            owner, name, f"contiguous, of dtype {kinds[0]} and shape {shape}", (tensor.dtype, *tensor.shape)
+        )

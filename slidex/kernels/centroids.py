@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slidex.errors import ConfigError
+from slidex.kernels.arguments import check_part, refuse_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,23 +34,16 @@ class Centroids:
             ("classes", (torch.int32,), (len(self.values),)),
             ("values", (torch.float32, torch.float64), (len(self.values),)),
         ):
-            tensor = getattr(self, name)
-            if tensor.dtype not in kinds or tuple(tensor.shape) != dims or not tensor.is_contiguous():
-                self._fail(
-                    name, f"contiguous, of dtype {kinds[0]} and shape {dims}", (tensor.dtype, *tensor.shape)
-                )
+            check_part("Centroids", name, getattr(self, name), kinds, dims)
         if (
             self.indptr[0] != 0
             or self.indptr[-1] != len(self.classes)
             or bool((self.indptr.diff() < 0).any())
         ):
-            self._fail("indptr", f"rising from 0 to {len(self.classes)}", self.indptr)
+            refuse_part("Centroids", "indptr", f"rising from 0 to {len(self.classes)}", self.indptr)
         low, high = (int(c) for c in torch.aminmax(self.classes)) if len(self.classes) else (0, 0)
         if low < 0 or high >= max(self.num_classes, 1):
-            self._fail("classes", f"ids in [0, {self.num_classes})", (low, high))
-
-    def _fail(self, name: str, constraint: str, found: object) -> None:
-        raise ConfigError(f"The {name!r} parameter of Centroids must be {constraint}. Got {found} instead.")
+            refuse_part("Centroids", "classes", f"ids in [0, {self.num_classes})", (low, high))
 
     @property
     def num_features(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slidex.errors import ConfigError
+from slidex.kernels.arguments import check_part, refuse_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,26 +37,22 @@ class LinearWeights:
             ("values", (torch.float32, torch.float64), (len(self.values),)),
             ("bias", (self.values.dtype,), (len(self.bias),)),
         ):
-            tensor = getattr(self, name)
-            if tensor.dtype not in kinds or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-                self._fail(
-                    name, f"contiguous, of dtype {kinds[0]} and shape {shape}", (tensor.dtype, *tensor.shape)
-                )
+            check_part("LinearWeights", name, getattr(self, name), kinds, shape)
         ends = self.indptr
         if ends[0] != 0 or ends[-1] != len(self.features) or bool((ends[1:] < ends[:-1]).any()):
-            self._fail("indptr", f"rising from 0 to {len(self.features)}", ends)
+            refuse_part("LinearWeights", "indptr", f"rising from 0 to {len(self.features)}", ends)
         rises = self.features[1:] > self.features[:-1]
         rises[ends[1:-1][(ends[1:-1] > 0) & (ends[1:-1] < len(self.features))] - 1] = (
             True  # from a class to the next
         )
         low, high = (int(f) for f in torch.aminmax(self.features)) if len(self.features) else (0, 0)
         if low < 0 or high >= max(self.num_features, 1) or not bool(rises.all()):
-            self._fail("features", f"rising ids in [0, {self.num_features}) within a class", (low, high))
-
-    def _fail(self, name: str, constraint: str, found: object) -> None:
-        raise ConfigError(
-            f"The {name!r} parameter of LinearWeights must be {constraint}. Got {found} instead."
-        )
+            refuse_part(
+                "LinearWeights",
+                "features",
+                f"rising ids in [0, {self.num_features}) within a class",
+                (low, high),
+            )
 
     @property
     def nbytes(self) -> int:
