@@ -266,8 +266,9 @@ def assert_rounds_as_the_reference(
 ) -> None:
     """`kernel` rounds updated weights of 16 bits as `reference` does: up, or down, the same ones.
 
-    Weights and biases are of `dtype`, all else is float32. Where sums in another order put a number on the other side
-    of what the random bits ask, it is the other neighbour: of one in a thousand at most.
+    Weights and biases are of `dtype`, all else is float32. A number whose last bit in float32 differs may lie on the
+    other side of what the random bits ask, and become its other neighbour: one in 2^13 of those in float16, in 2^16 of
+    those in bfloat16. So two may, and one in 500.
     """
     arguments = Problem(shape).arguments(name, torch.float32)
     at = next(at for at, argument in enumerate(arguments) if isinstance(argument, RowState))
@@ -278,7 +279,7 @@ def assert_rounds_as_the_reference(
     got = [part.cpu() for part in found if part.dtype == dtype]
     assert len(got) == len(want) > 0
     others = sum(int((mine != theirs).sum()) for mine, theirs in zip(got, want, strict=True))
-    assert others <= sum(part.numel() for part in want) / 1000
+    assert others <= 2 + sum(part.numel() for part in want) / 500
     for mine, theirs in zip(got, want, strict=True):
         assert _error(mine, theirs.double()) <= torch.finfo(dtype).eps * _size(theirs)
 

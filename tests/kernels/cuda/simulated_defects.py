@@ -206,7 +206,7 @@ ROUNDING_DEFECTS = {
         "row_key(key, i) + OF_BIAS",
         "row_key(key, i)",
         "pair_update",
-        replace(SMALL, width=1),
+        replace(LONG, width=1),
     ),
 }
 
