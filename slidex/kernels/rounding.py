@@ -39,7 +39,8 @@ def stochastic_round(x: torch.Tensor, dtype: torch.dtype, ids: torch.Tensor, key
     """Rows of a (R, D) or (R,) parameter rounded to one of their two neighbours in `dtype`, without bias.
 
     What `dtype` holds stays as it is; NaN and infinity stay what they are; what is beyond its largest number may become
-    infinite, as in rounding to nearest. In float16, 2^-38 of the number is rounded to nearest, far below its 2^-24.
+    infinite, as in rounding to nearest. One below 2^-14 is for float16, whose unit there is 2^-24, first rounded to the
+    nearest multiple of 2^-37.
 
     Args:
         x: floating (U, D) or (U,), taken in float32.
