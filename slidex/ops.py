@@ -43,7 +43,9 @@ __all__ = [
     "softmax_loss",
 ]
 
-_SETTINGS = "float learning_rate, int step, float beta1, float beta2, float epsilon, float weight_decay"
+_SETTINGS = (
+    "float learning_rate, int step, float beta1, float beta2, float epsilon, float weight_decay, int seed"
+)
 _modules: dict[str, ModuleType] = {}
 
 
@@ -163,11 +165,12 @@ def _numbers(settings: StepSettings) -> tuple[float | int, ...]:
         settings.beta2,
         settings.epsilon,
         settings.weight_decay,
+        settings.seed,
     )
 
 
 def _settings(numbers: tuple[Any, ...]) -> StepSettings:
-    learning_rate, step, beta1, beta2, epsilon, weight_decay = numbers
+    learning_rate, step, beta1, beta2, epsilon, weight_decay, seed = numbers
     return StepSettings(
         learning_rate=learning_rate,
         step=step,
@@ -175,6 +178,7 @@ def _settings(numbers: tuple[Any, ...]) -> StepSettings:
         beta2=beta2,
         epsilon=epsilon,
         weight_decay=weight_decay,
+        seed=seed,
     )
 
 

@@ -275,9 +275,8 @@ class SlidexClassifier(ClassifierMixin, BaseEstimator):
     def _exact_model(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> Classifier:
         """A model that predicts with these weights; without an index, which exact scores do not need."""
         no_counts = np.zeros(0, dtype=np.int64)  # they are for sampling
-        model = Classifier.from_config(
-            replace(self.config_, mode="exact"), self.n_features_in_, len(self.classes_), no_counts
-        )
+        config = replace(self.config_, mode="exact", weight_dtype="float32")
+        model = Classifier.from_config(config, self.n_features_in_, len(self.classes_), no_counts)
         model.encoder.load_state_dict(tensors["encoder"])
         model.head.load_state_dict(tensors["head"])
         return model

@@ -14,7 +14,10 @@ from benchmarks import gpu, gpu_kernels, gpu_rivals
 from benchmarks.gpu import Case, Clock, Result
 from slidex.errors import DeviceError
 from slidex.kernels.cuda import environment
+from slidex.nn import memory
+from slidex.nn.selection import make_config_index, settle_sampling
 from tests.kernels.cuda import check
+from tests.nn.device_path import take_device_path
 
 CPU = torch.device("cpu")
 TINY = Case(300, 16, 8)
@@ -74,8 +77,9 @@ def test_every_way_runs_and_is_shown():
     for way, make in gpu.ways(TINY, CPU, torch.float32).items():
         results.append(gpu.measure(TINY, way, make, CPU, torch.float32, clock))
         assert results[-1].milliseconds > 0
+        assert results[-1].learns
     assert [result.way for result in results][-2:] == ["slidex, shared", "slidex, per_sample"]
-    assert all("adam; query" in result.note for result in results[-2:])
+    assert all("float32, adam; query" in result.note for result in results[-2:])
     assert all(result.note.startswith("enqueued in ") for result in results)
     table = gpu.rows_of(results)
     assert {len(row) for row in table} == {len(gpu.HEADINGS)}
@@ -120,7 +124,46 @@ def test_ratios_and_goals_are_of_what_was_measured():
         "goal at C = 30,000,000, D = 768, N = 256: does not fit",
     ]
     assert gpu.goals(results[:3])[1:] == []
-    assert set(gpu.GOALS) <= {(case.classes, case.width) for case in gpu.CASES}
+    trained = Result(thirty, "slidex, shared", 7.0, 66_600_000_000, "", (9.0, 5.0))
+    words = "goal at C = 30,000,000, D = 768, N = 256: "
+    assert gpu.goals([trained]) == [f"{words}trains, as it should: loss 9.000, then 5.000, in 66.6 GB"]
+    stalled = trained._replace(losses=(9.0, 9.1))
+    assert gpu.goals([stalled]) == [f"{words}runs, but does not learn: loss 9.000, then 9.100"]
+
+
+def test_the_sizes_that_the_goals_are_about_come_first_and_all_are_there():
+    first = gpu.CASES[: len(gpu.GOALS)]
+    assert [(case.classes, case.width) for case in first] == list(gpu.GOALS)
+    assert {case.rows for case in first} == {256}
+    assert len(set(gpu.CASES)) == len(gpu.CASES) == 20
+
+
+def test_thirty_million_classes_in_bfloat16_with_a_number_a_row_fit_one_gpu():
+    """Of 80 GB, by the estimates with which a layer asks the GPU."""
+    case = Case(30_000_000, 768, 2048)
+    options = gpu.slidex_options(case, mode="shared", pool_size=gpu.POOL)
+    assert options.optimizer == "rowwise_adagrad"
+    index = make_config_index(settle_sampling(options), case.width, case.classes)
+    needed = 2 * case.classes * case.width + memory.index_bytes(index) + memory._RESERVE
+    needed += memory.optimizer_bytes(options.optimizer, case.classes, case.width, bias=False)
+    needed += memory.step_bytes(options, case.width, case.classes, case.rows, case.rows, torch.bfloat16)
+    assert 46e9 < needed < 80e9
+    assert gpu.slidex_options(TINY).optimizer == "adam"
+
+
+def test_thirty_million_classes_would_learn_as_fast_as_a_few_do(monkeypatch):
+    """Their rule and rate, on a GPU's path, with rows of bfloat16."""
+    take_device_path(monkeypatch)
+    monkeypatch.setattr(gpu, "FULL_STATE", 0)
+    clock, case = Clock(CPU, steps=2, repeats=3), Case(2000, 64, 16)
+    for mode in ("shared", "per_sample"):
+
+        def make(mode=mode):
+            return gpu.slidex_step(case, CPU, torch.bfloat16, mode=mode, precision="float32")
+
+        result = gpu.measure(case, f"slidex, {mode}", make, CPU, torch.bfloat16, clock)
+        assert "bfloat16, rowwise_adagrad; query" in result.note
+        assert result.learns
 
 
 def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arrays():

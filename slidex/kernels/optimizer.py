@@ -11,6 +11,7 @@ With gradient g of a touched row, m its `RowState.moment1` and v its `RowState.m
 
 The mean is over the row's D entries. An entry of a (R,) parameter is a row of width 1: both forms of Adam are one
 there, and Adagrad is that of ``torch.optim.Adagrad`` but for the decay, which is decoupled. All states start at 0.
+A new w of 16 bits is rounded stochastically (`slidex.kernels.rounding`).
 Adam is of Kingma and Ba (2015), Adagrad of Duchi, Hazan and Singer (2011), the decoupled decay of Loshchilov and
 Hutter (2019); FBGEMM has the row-wise forms as partial row-wise Adam and exact row-wise Adagrad. Letters: R rows of
 any parameter, D their width.
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from slidex.errors import ConfigError
+from slidex.kernels.rounding import rounding_key
 
 OPTIMIZERS = ("adam", "rowwise_adam", "rowwise_adagrad")
 
@@ -52,6 +54,7 @@ class StepSettings:
         beta2: Decay of Adam's second moment, in [0, 1).
         epsilon: Added to the root of the *uncorrected* second moment, as SparseAdam and Adagrad do; >= 0.
         weight_decay: Decoupled decay, applied to touched rows only; >= 0.
+        seed: With `step`, of the random bits that round parameters of 16 bits (`slidex.kernels.rounding`); >= 0.
 
     Raises:
         ConfigError: A setting is out of its range.
@@ -63,6 +66,7 @@ class StepSettings:
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self._require("learning_rate", self.learning_rate >= 0, "at least 0")
@@ -71,6 +75,7 @@ class StepSettings:
         self._require("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         self._require("epsilon", self.epsilon >= 0, "at least 0")
         self._require("weight_decay", self.weight_decay >= 0, "at least 0")
+        self._require("seed", self.seed >= 0, "at least 0")
 
     def _require(self, name: str, holds: bool, constraint: str) -> None:
         if not holds:
@@ -88,6 +93,11 @@ class StepSettings:
     def shrink(self) -> float:
         """Factor that decoupled weight decay puts on a touched row before its update."""
         return 1 - self.learning_rate * self.weight_decay
+
+    @property
+    def rounding_key(self) -> int:
+        """Of the random bits of this step."""
+        return rounding_key(self.seed, self.step)
 
 
 class RowState(NamedTuple):

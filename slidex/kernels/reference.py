@@ -1,9 +1,9 @@
 """What the kernels compute, in plain torch: the oracle of the tests and the baseline of the benchmarks.
 
 Written for the eye, not for speed: each function is the formula of its docstring, in any float dtype (weights may be
-of a narrower one) and on any device. The full contract (shapes, dtypes, errors) stands at the function of the same name
-in `slidex.kernels.cpu`. Letters: N batch rows, C classes, F features, D hidden width, A active slots per row (-1 is a
-pad), U pool size.
+of a narrower one, and are rounded to one of 16 bits as `slidex.kernels.rounding` says) and on any device. The full
+contract (shapes, dtypes, errors) stands at the function of the same name in `slidex.kernels.cpu`. Letters: N batch
+rows, C classes, F features, D hidden width, A active slots per row (-1 is a pad), U pool size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from slidex.kernels.centroids import Centroids
 from slidex.kernels.linear_weights import LinearWeights
+from slidex.kernels.rounding import stochastic_round
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def embedding_bag_update(
     ids, group = indices.long().unique(return_inverse=True)
     _update(
         ids,
-        weight_FD.new_zeros(len(ids), weight_FD.shape[1]).index_add_(0, group, grad_MD),
+        grad_MD.new_zeros(len(ids), weight_FD.shape[1]).index_add_(0, group, grad_MD),
         weight_FD,
         state,
         settings,
@@ -280,5 +281,8 @@ def _update(ids: Tensor, grad: Tensor, parameter: Tensor, state: RowState, setti
         direction = moment1 * settings.step_size
         state.moment1[ids] = moment1
     state.moment2[ids] = moment2
-    updated = parameter[ids] * settings.shrink - direction / (moment2.sqrt() + settings.epsilon)
+    before = parameter[ids].to(torch.promote_types(parameter.dtype, moment2.dtype))
+    updated = before * settings.shrink - direction / (moment2.sqrt() + settings.epsilon)
+    if parameter.dtype.itemsize == 2:
+        updated = stochastic_round(updated, parameter.dtype, ids, settings.rounding_key)
     parameter[ids] = updated.to(parameter.dtype)

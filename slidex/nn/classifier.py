@@ -77,7 +77,7 @@ class Classifier:
         class_counts: np.ndarray,
         shard: Shard | None = None,
     ) -> Classifier:
-        """A model with initial weights.
+        """A model with initial weights, on the CPU; to work there it needs `weight_dtype` float32.
 
         Args:
             config: From `slidex.train.settle.settle`.
@@ -116,6 +116,7 @@ class Classifier:
             selector=selector,
             optimizer=config.optimizer,
             seed=config.seed + 1,
+            weight_dtype=getattr(torch, config.weight_dtype),
             shard=shard,
         )
         return cls(encoder, head, selector.index if selector is not None else None)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from slidex.nn.sharding import Shard
 
 INITIAL_ROWS = 1 << 16
-"""Rows whose initial weights are drawn at once, where a process keeps only some of them."""
+"""Rows whose initial weights are drawn at once, where a process keeps only some of them, or has them in 16 bits."""
 
 
 class SampledHead(nn.Module):
@@ -50,6 +50,8 @@ class SampledHead(nn.Module):
         selector: Chooses the active classes.
         optimizer: Rule of the row updates, one of `slidex.kernels.OPTIMIZERS`.
         seed: Seed of the initial weights: the same for any number of processes.
+        weight_dtype: Of the weights; torch.bfloat16 takes a step or scores on a GPU alone. Biases and the optimiser's
+            state are float32.
         shard: Which of the C classes this process has; None where it has all. The selector is over its own.
 
     Raises:
@@ -67,6 +69,7 @@ class SampledHead(nn.Module):
         selector: CandidateSelector | None = None,
         optimizer: str = "adam",
         seed: int = 0,
+        weight_dtype: torch.dtype = torch.float32,
         shard: Shard | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +79,7 @@ class SampledHead(nn.Module):
             )
         self.scorer = Scorer(mode, loss=loss, precision=precision, selector=selector, shard=shard)
         self.in_features, self.num_classes, self.shard = in_features, num_classes, shard
-        weight_CD = _initial_weight(in_features, num_classes, seed, shard)
+        weight_CD = _initial_weight(in_features, num_classes, seed, shard, weight_dtype)
         # Rows are written by the fused kernels, never by autograd.
         self.weight = nn.Parameter(weight_CD, requires_grad=False)
         # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
@@ -170,20 +173,23 @@ class SampledHead(nn.Module):
         return best_candidates(rows, hidden_ND, candidates_NA, k, self._placement.kernels)
 
 
-def _initial_weight(in_features: int, num_classes: int, seed: int, shard: Shard | None) -> torch.Tensor:
-    """The rows of the shard, of a matrix that is a function of the other arguments: float32 (C, D)."""
+def _initial_weight(
+    in_features: int, num_classes: int, seed: int, shard: Shard | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The rows of the shard, of a matrix that is a function of the other arguments: (C, D), drawn in float32."""
     generator, deviation = torch.Generator().manual_seed(seed), 1 / math.sqrt(in_features)
-    if shard is None:
+    if shard is None and dtype == torch.float32:
         return torch.empty(num_classes, in_features).normal_(0, deviation, generator=generator)
-    own, first = torch.empty(shard.end - shard.begin, in_features), 0
-    while first < shard.end:
+    start, stop = (0, num_classes) if shard is None else (shard.begin, shard.end)
+    own, first = torch.empty(stop - start, in_features, dtype=dtype), 0
+    while first < stop:
         # torch draws sixteen numbers at a time, so pieces of a multiple of 16 give what the whole would. A last one of
         # less than 16 numbers would be drawn one by one: it is joined to the one before.
         left = num_classes - first
         piece = torch.empty(left if left < 2 * INITIAL_ROWS else INITIAL_ROWS, in_features)
         piece.normal_(0, deviation, generator=generator)
-        begin, end = max(first, shard.begin), min(first + len(piece), shard.end)
+        begin, end = max(first, start), min(first + len(piece), stop)
         if begin < end:
-            own[begin - shard.begin : end - shard.begin] = piece[begin - first : end - first]
+            own[begin - start : end - start] = piece[begin - first : end - first]
         first += len(piece)
     return own

@@ -44,16 +44,22 @@ def optimizer_bytes(optimizer: str | None, num_rows: int, width: int, *, bias: b
 
 
 def step_bytes(
-    settings: SamplingSettings, in_features: int, num_classes: int, num_rows: int, labels: int
+    settings: SamplingSettings,
+    in_features: int,
+    num_classes: int,
+    num_rows: int,
+    labels: int,
+    weight_dtype: torch.dtype = torch.float32,
 ) -> int:
     """What one step takes for a moment: scores and their gradient, gathered rows, and ids that are sorted.
 
     Args:
-        settings: Of mode and sizes.
+        settings: Of mode and sizes, with the `precision` of the products.
         in_features: D.
         num_classes: C.
         num_rows: N.
         labels: N P.
+        weight_dtype: Of the layer.
     """
     if settings.mode == "per_sample":
         places = num_rows * (min(settings.active_size, num_classes) + -(-labels // max(1, num_rows)))
@@ -61,7 +67,10 @@ def step_bytes(
     pool = num_classes
     if settings.mode == "shared":
         pool = min(settings.pool_size, num_classes) + labels
-    gathered = 2 * pool * in_features if settings.mode == "exact" else 8 * pool * in_features
+    gathered = 8 * pool * in_features
+    if settings.mode == "exact":  # all rows, in the dtype of the products where that is another
+        widened = weight_dtype.itemsize == 2 and settings.precision == "float32"
+        gathered = (4 if widened else 2) * pool * in_features
     gradient = 4 * min(pool, CLASSES_AT_ONCE) * in_features
     return 12 * num_rows * pool + gathered + gradient + 64 * pool
 
@@ -93,9 +102,11 @@ def require_memory(needed: Mapping[str, int], device: torch.device, advice: str)
     )
 
 
-def layer_advice(settings: SamplingSettings) -> str:
-    """What of a layer can be made smaller."""
-    changes = []
+def layer_advice(
+    settings: SamplingSettings, weight_dtype: torch.dtype, narrower: str = "make the layer in torch.bfloat16"
+) -> str:
+    """What of a layer can be made smaller; `narrower` says how its weights, where they have more than 16 bits."""
+    changes = [narrower] if weight_dtype.itemsize > 2 else []
     if settings.optimizer != "rowwise_adagrad":
         changes.append("set 'optimizer' to rowwise_adagrad")
     if settings.mode == "exact":

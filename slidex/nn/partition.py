@@ -33,7 +33,7 @@ class PartitionEstimator:
     """Estimates ``log Z`` of hidden vectors whose best classes an index has retrieved.
 
     Args:
-        weight_CD: float32 (C, D).
+        weight_CD: float32 or of 16 bits (C, D).
         bias_C: float32 (C,).
         count: Random classes S, at least 1, C where there are fewer; it must be above the number of classes
             retrieved for a row, so that some are left whatever was retrieved.
@@ -48,7 +48,10 @@ class PartitionEstimator:
         self.num_classes = len(weight_CD)
         ids_S = ClassSampler(self.num_classes, seed=seed).sample(count, 0, _STREAM).sort().values
         self.ids_S = ids_S.to(weight_CD.device)
-        self._rows_SD, self._bias_S = weight_CD.detach()[self.ids_S], bias_C.detach()[self.ids_S]
+        self._rows_SD, self._bias_S = (
+            weight_CD.detach()[self.ids_S].to(bias_C.dtype),
+            bias_C.detach()[self.ids_S],
+        )
         self._place_C = torch.full((self.num_classes,), -1, dtype=torch.int32, device=ids_S.device)
         self._place_C[ids_S] = torch.arange(len(ids_S), dtype=torch.int32)
         self._place_C = self._place_C.to(weight_CD.device)

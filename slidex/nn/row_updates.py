@@ -57,6 +57,7 @@ class RowUpdater:
             beta2=options.beta2,
             epsilon=options.epsilon,
             weight_decay=options.weight_decay,
+            seed=options.seed,
         )
         scorer.update(scored, Rows(weight_CD, bias_C), *self.states, settings)
         for parameter in (weight_CD, bias_C):

@@ -15,7 +15,7 @@ Legend: N rows in a batch, C classes of this process, D hidden width, U classes 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,7 +176,7 @@ class Sampling:
             needed = self.memory(bias=bias_C is not None) | {
                 "a step": self._step_bytes(len(hidden_ND), target)
             }
-            require_memory(needed, self.placement.device, layer_advice(self.settings))
+            require_memory(needed, self.placement.device, layer_advice(self.settings, weight_CD.dtype))
             self._fits = True
         asked = Asked(target, class_weights, ignore_index, reduction, label_smoothing)
         if self.shard is not None and self.step == 0:
@@ -217,7 +217,9 @@ class Sampling:
         if isinstance(target, torch.Tensor):
             target = target if target.layout == torch.strided else target.values()
         labels = target.numel() if isinstance(target, torch.Tensor) else getattr(target, "nnz", num_rows)
-        return step_bytes(self.settings, self.in_features, self.num_classes, num_rows, labels)
+        settings = replace(self.settings, precision=self.scorer.precision)
+        size = self.in_features, self.num_classes
+        return step_bytes(settings, *size, num_rows, labels, self.weight.dtype)
 
     def invalidate(self) -> None:
         """Notes that the layer's weights were replaced: the index is built again before the next loss."""

@@ -58,7 +58,7 @@ class LSHSoftmaxLoss(nn.Module):
         bias: Whether classes have a bias.
         device: Of the parameters.
         dtype: Of the parameters; where classes are sampled float32 or float64 on the CPU, float32, bfloat16 or float16
-            on a CUDA device.
+            on a CUDA device; fused updates round those of 16 bits stochastically (`slidex.kernels.rounding`).
         reduction: ``mean`` (weighted by the rows' label mass, as in torch: rows without a label do not count),
             ``sum`` or ``none``.
         weight: floating (C,), what each class counts in the loss; None means 1.
@@ -362,7 +362,7 @@ class LSHSoftmaxLoss(nn.Module):
         needed, advice = {"weights": size}, "Use another GPU, or the CPU."
         if self._sampling is not None:
             needed |= self._sampling.memory(bias=bias)
-            advice = layer_advice(self._sampling.settings)
+            advice = layer_advice(self._sampling.settings, dtype)
         require_memory(needed, device, advice)
 
     def _weights_replaced(self) -> None:

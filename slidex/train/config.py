@@ -47,6 +47,12 @@ class TrainConfig(SamplingSettings):
     loss: str = setting(
         "softmax", "Softmax over the active classes, or one-vs-all logistic.", choices=("softmax", "logistic")
     )
+    weight_dtype: str = setting(
+        "float32",
+        "Class weights in training: bfloat16 takes half the memory of float32, has its updates rounded stochastically, "
+        "and needs a GPU.",
+        choices=("float32", "bfloat16"),
+    )
 
     # Ranker
     ranker_candidates: int = setting(
@@ -123,6 +129,11 @@ class TrainConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         SamplingSettings.__post_init__(self)
+        if self.weight_dtype != "float32" and self.device == "cpu":
+            raise ConfigError(
+                "The 'weight_dtype' setting must be float32 where 'device' is cpu. "
+                f"Got {self.weight_dtype!r} instead."
+            )
         if self.ranker_centroids and not self.ranker_candidates:
             raise ConfigError(
                 "The 'ranker_candidates' setting must be above 0 where 'ranker_centroids' is. Got 0 instead."

@@ -264,6 +264,7 @@ class Trainer:
             epsilon=config.epsilon,
             step=step,
             weight_decay=config.weight_decay,
+            seed=config.seed,
         )
 
     def _rehash(self) -> None:

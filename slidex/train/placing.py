@@ -51,6 +51,7 @@ def _require_memory(model: Classifier, config: TrainConfig, dataset: Dataset, de
         "output weights": head.weight.nbytes + head.bias.nbytes,
         "their state": optimizer_bytes(config.optimizer, *classes[::-1], bias=True),
         "index": index_bytes(model.index),
-        "a step": step_bytes(config, *classes, config.batch_size, labels) + 64 * features,
+        "a step": step_bytes(config, *classes, config.batch_size, labels, head.weight.dtype) + 64 * features,
     }
-    require_memory(needed, device, layer_advice(config))
+    advice = layer_advice(config, head.weight.dtype, "set 'weight_dtype' to bfloat16")
+    require_memory(needed, device, advice)

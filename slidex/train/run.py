@@ -267,11 +267,18 @@ class Run:
             )
         return found.ranker(self.config, self.class_counts(), self.meta["train_rows"])
 
-    def network(self, checkpoint: Checkpoint | None = None) -> Classifier:
-        """The trained model without ranker and with no index built: `checkpoint` and its errors as in `model`."""
-        checkpoint = checkpoint or self.checkpoint()
+    def network(self, checkpoint: Checkpoint | None = None, *, on_cpu: bool = True) -> Classifier:
+        """The trained model, on the CPU, without ranker and with no index built.
+
+        Args:
+            checkpoint: As in `model`, with its errors.
+            on_cpu: Whether it is to work there: class weights of 16 bits are then widened to float32, which is exact.
+        """
+        checkpoint, config = checkpoint or self.checkpoint(), self.config
+        if on_cpu:
+            config = replace(config, weight_dtype="float32")
         model = Classifier.from_config(
-            self.config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
+            config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
         )
         for name, module in (("encoder", model.encoder), ("head", model.head)):
             try:
@@ -289,7 +296,8 @@ class Run:
 
         Args:
             checkpoint: Whose weights; None takes the one that `checkpoint` chooses.
-            device: Where it is to score: ``cpu``, ``cuda`` or ``cuda:N``, whatever it was trained on.
+            device: Where it is to score: ``cpu``, ``cuda`` or ``cuda:N``, whatever it was trained on. Class weights
+                trained in bfloat16 stay so on a GPU and are widened to float32 on the CPU: the same numbers.
             indexed: Also build an index over these weights: the one that `tuned` gives, else that of training. The
                 one in the checkpoint is older than the weights: it is there so that a resumed run takes the very
                 steps an unbroken one would, and for what the index has learned from hidden vectors.
@@ -304,7 +312,8 @@ class Run:
         check_device(device)
         placement = placements.place(torch.device(device))
         checkpoint = checkpoint or self.checkpoint()
-        model = replace(self.network(checkpoint), ranker=self.ranker(checkpoint))
+        model = self.network(checkpoint, on_cpu=placement.waits)
+        model = replace(model, ranker=self.ranker(checkpoint))
         if not placement.waits:
             weights = sum(p.nbytes for part in (model.encoder, model.head) for p in part.parameters())
             require_memory({"weights": weights}, placement.device, "Use another GPU, or the CPU.")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from slidex.errors import ConfigError
 from slidex.kernels import RowState
-from tests.kernels.cases import KERNELS, SETTINGS, Problem, Shape, cast, moved
+from slidex.kernels.rounding import MIX_1, MIX_2, mix32
+from tests.kernels.cases import KERNELS, SETTINGS, UPDATES, Problem, Shape, cast, moved
 from tests.kernels.cuda.running import (
     CAPABILITIES,
     Launch,
@@ -39,6 +42,9 @@ COMPILED = {  # the kernel of a function, where it has one; gather_rows is torch
     "shared_logistic_loss": "logistic_shared",
 }
 QUOTIENT = re.compile(r"div\.u32 .*\n\s*mul\.lo\.s32 .*")  # a remainder, of numbers found to be small
+HASHED = re.compile(
+    rf"mul\.lo\.s32 .*, (?:{MIX_1 - 2**32}|{MIX_2 - 2**32});"
+)  # of the bits that round to 16 bits
 MOST_REGISTERS = 80  # 255 is the most a thread can have; with 80, an SM still holds 24 warps
 
 
@@ -72,13 +78,23 @@ def test_kernel_compiles_to_ptx(name: str, dtype: torch.dtype, tmp_path: Path) -
         assert f"_{COMPILED[name]}B" in entry
         assert ".f64" not in ptx, "arithmetic has widened to float64"
         assert not re.search(r"\.extern \.func|call\.uni|\.local", ptx), "a call or an array in slow memory"
-        assert not re.search(r"mul\.lo\.[su]32|mad\.lo\.[su]32", QUOTIENT.sub("", ptx)), (
-            "an offset of 32 bits"
-        )
+        rounded = name in UPDATES and dtype.itemsize == 2
+        assert bool(HASHED.search(ptx)) == rounded
+        products = HASHED.sub("", QUOTIENT.sub("", ptx))
+        assert not re.search(r"mul\.lo\.[su]32|mad\.lo\.[su]32", products), "an offset of 32 bits"
         said = assembled(ptx, capability, tmp_path)
         if said is not None:
             assert "0 bytes spill stores, 0 bytes spill loads" in said
             assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS
+
+
+def test_the_hash_of_the_rounding_as_it_is_compiled_is_that_of_the_reference() -> None:
+    """Numba's rules for unsigned numbers, which the simulator does not follow, on the CPU."""
+    from slidex.kernels.cuda import device
+
+    compiled = numba.njit(device.mix32.py_func)
+    numbers = [*range(50), 2**31 - 1, 2**31, 2**32 - 1, *(7**n % 2**32 for n in range(12, 100))]
+    assert [int(compiled(np.uint32(number))) for number in numbers] == [mix32(number) for number in numbers]
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -269,6 +269,7 @@ def test_bad_arguments_are_refused_before_any_memory_is_touched(
         ("beta2", -0.1),
         ("epsilon", -1e-9),
         ("weight_decay", -1.0),
+        ("seed", -1),
     ],
 )
 def test_step_settings_are_checked(setting: str, value: float) -> None:

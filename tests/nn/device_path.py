@@ -34,7 +34,7 @@ NAMES = (
     "shared_softmax_loss",
     "softmax_loss",
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def free(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,3 +65,11 @@ def take_device_path(monkeypatch: pytest.MonkeyPatch, taken: bool = True) -> Non
     for owner, name in (*waiting, (Rehasher, "rehash_if_due"), (Rehasher, "build"), (late.Arriving, "read")):
         if taken and not hasattr(getattr(owner, name), "__wrapped__"):
             monkeypatch.setattr(owner, name, free(getattr(owner, name)))
+
+
+def take_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `take_device_path` where a device is named cuda, the CPU's own path elsewhere."""
+    take_device_path(monkeypatch)
+    monkeypatch.setattr(
+        placements, "place", lambda device: CPU if device.type == "cpu" else on_device(device)
+    )

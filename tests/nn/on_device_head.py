@@ -14,6 +14,7 @@ import torch
 from slidex.errors import ConfigError, DivergedError
 from slidex.kernels import OPTIMIZERS
 from slidex.nn import LSHSoftmaxLoss, SamplingOptions, memory
+from tests.nn.test_sixteen_bits import train as train_slowly
 
 DEVICE = "cuda"
 C, D, N = 20_000, 96, 64
@@ -113,6 +114,23 @@ def test_bfloat16_weights_learn() -> None:
     hidden_ND, target_NP = (part.to(DEVICE) for part in batch(0))
     losses = [head(hidden_ND, target_NP) for _ in range(30) if head(hidden_ND, target_NP).backward() is None]
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "mode", "dtype"),
+    [
+        ("adam", "exact", torch.bfloat16),
+        ("adam", "per_sample", torch.bfloat16),
+        ("rowwise_adam", "shared", torch.bfloat16),
+        ("rowwise_adagrad", "shared", torch.float16),
+    ],
+)
+def test_steps_far_below_a_16_bit_weights_last_place_add_up(
+    optimizer: str, mode: str, dtype: torch.dtype
+) -> None:
+    start, wide = train_slowly(optimizer, torch.float32, mode, device=DEVICE)
+    _, narrow = train_slowly(optimizer, dtype, mode, device=DEVICE)
+    assert abs(narrow - wide) < 0.02 * (start - wide)
 
 
 def test_the_best_classes_are_those_of_the_cpu() -> None:

@@ -47,7 +47,7 @@ def test_too_little_memory_is_told_with_all_numbers(gpu):
         (None, ["weights 51.60 GB", "Use another GPU"]),
         (
             SamplingOptions(optimizer="adam"),
-            ["optimizer state 103.20 GB", "rowwise_adagrad", "fewer 'tables'"],
+            ["optimizer state 103.20 GB", "layer in torch.bfloat16", "rowwise_adagrad", "fewer 'tables'"],
         ),
         (SamplingOptions(optimizer="rowwise_adagrad", index="none"), ["optimizer state 0.80 GB"]),
         (SamplingOptions(sparse_grad=False, mode="exact"), ["gradient 51.60 GB", "use mode shared"]),

@@ -33,6 +33,7 @@ MODES = {
     "per_sample": {"mode": "per_sample"},
     "logistic": {"mode": "shared", "loss": "logistic", "index": "dwta"},
 }
+NARROW = {"weight_dtype": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +57,36 @@ def best(run, data, device="cpu"):
     return torch.cat([ids for _, ids in run.model(device=device).topk(data.split("test").x, 5)])
 
 
+@pytest.mark.parametrize("weights", [{}, NARROW])
 @pytest.mark.parametrize("mode", ["exact", "shared"])
-def test_a_model_predicts_on_the_gpu_what_it_predicts_on_the_cpu(data, tmp_path, mode):
-    run = slidex.fit(data, tmp_path / "run", config("cuda", **MODES[mode]))
+def test_a_model_predicts_on_the_gpu_what_it_predicts_on_the_cpu(data, tmp_path, mode, weights):
+    run = slidex.fit(data, tmp_path / "run", config("cuda", **MODES[mode], **weights))
     same = (best(run, data, "cuda") == best(run, data, "cpu")).all(1).float().mean()
     assert same >= 0.999
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_run_on_the_gpu_learns_what_one_on_the_cpu_learns(data, tmp_path, mode):
+    settings = (
+        config("cpu", **MODES[mode]),
+        config("cuda", **MODES[mode]),
+        config("cuda", **MODES[mode], **NARROW),
+    )
     results = [
-        slidex.evaluate(slidex.fit(data, tmp_path / device, config(device, **MODES[mode])), data)
-        for device in ("cpu", "cuda")
+        slidex.evaluate(slidex.fit(data, tmp_path / str(n), each), data) for n, each in enumerate(settings)
     ]
-    assert results[1]["P@1"] == pytest.approx(results[0]["P@1"], abs=0.02)
+    for result in results[1:]:
+        assert result["P@1"] == pytest.approx(results[0]["P@1"], abs=0.02)
+
+
+def test_a_resumed_run_in_bfloat16_is_an_unbroken_one(data, tmp_path):
+    settings = {**MODES["shared"], **NARROW, "optimizer": "rowwise_adagrad", "checkpoint_every": 50}
+    whole = slidex.fit(data, tmp_path / "whole", config("cuda", **settings, max_steps=100))
+    part = slidex.fit(data, tmp_path / "part", config("cuda", **settings, max_steps=50))
+    slidex.fit(data, part.path, config("cuda", **settings, max_steps=100), resume=True)
+    mine, theirs = (list_checkpoints(run.checkpoints)[-1].tensors("head") for run in (part, whole))
+    assert theirs["weight"].dtype == torch.bfloat16
+    assert all(torch.equal(mine[name], value) for name, value in theirs.items())
 
 
 def test_checkpoints_are_those_of_either_device_and_a_resumed_run_is_an_unbroken_one(data, tmp_path):
@@ -85,9 +102,10 @@ def test_checkpoints_are_those_of_either_device_and_a_resumed_run_is_an_unbroken
     slidex.fit(data, part.path, config("cuda", **settings, max_steps=140), resume=True)
 
 
+@pytest.mark.parametrize("weights", [{}, NARROW])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_step_waits_for_nothing(data, mode):
-    settings = settle(config("cuda", **MODES[mode], rehash="fixed", rehash_every=1000), data)
+def test_a_step_waits_for_nothing(data, mode, weights):
+    settings = settle(config("cuda", **MODES[mode], **weights, rehash="fixed", rehash_every=1000), data)
     trainer = Trainer(data, settings, lambda *_: None)
     batches = trainer.batches()
     for _ in range(3):  # compiles, and builds the index

@@ -5,6 +5,7 @@ from __future__ import annotations
 from unittest import mock
 
 import pytest
+import torch
 
 from slidex.train import state
 from slidex.train.loop import Trainer
@@ -18,8 +19,9 @@ from tests.nn.meta_device import META, meta_device
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_read_nothing_and_mix_no_devices(easy_data, mode):
-    changes = {"rehash": "fixed", "rehash_every": 1000} | MODES[mode]
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+def test_steps_read_nothing_and_mix_no_devices(easy_data, mode, weight_dtype):
+    changes = {"rehash": "fixed", "rehash_every": 1000, "weight_dtype": weight_dtype} | MODES[mode]
     with meta_device() as launches:
         settings = settle(config(**changes, device="cuda"), easy_data)
         trainer = Trainer(easy_data, settings, lambda *_: None)
@@ -31,6 +33,7 @@ def test_steps_read_nothing_and_mix_no_devices(easy_data, mode):
     names = {launch.kernel.name for launch in launches}
     assert names >= {"weighted_sums", "update_groups"}
     assert trainer.step == 3
+    assert tensors["head"]["weight"].dtype == getattr(torch, weight_dtype)
     tensors.pop("index", None)  # whose hash functions the host keeps too
     for group in tensors.values():
         assert {tensor.device for name, tensor in group.items() if not name.endswith(".step")} == {META}

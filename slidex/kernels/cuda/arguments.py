@@ -61,7 +61,10 @@ class Arguments(Checks[torch.Tensor]):
         return torch.empty(0, dtype=torch.int64, device=self.device)
 
 
-def coefficients(settings: StepSettings) -> tuple[float, ...]:
-    """The six numbers a row update needs, in the order of `slidex.kernels.cpu.update`; a launch rounds them."""
+def coefficients(settings: StepSettings) -> tuple[float | int, ...]:
+    """What a row update needs: six numbers in the order of `slidex.kernels.cpu.update`, and the key of its rounding.
+
+    A launch makes float32 and int64 of them.
+    """
     numbers = 1 - settings.beta1, 1 - settings.beta2, settings.epsilon, settings.step_size, settings.shrink
-    return (*numbers, settings.learning_rate)
+    return (*numbers, settings.learning_rate, settings.rounding_key)

@@ -72,7 +72,7 @@ def embedding_bag_update(
         indices: int32 or int64 (M,), feature ids in [0, F); one out of range is left out.
         values: (M,) float32, bfloat16 or float16, or None where each counts 1.
         grad_ND: Gradient of `embedding_bag`'s result, any of the three.
-        weight_FD: Any of the three; updated in place, rounded to nearest; contiguous.
+        weight_FD: Any of the three; updated in place, 16 bits rounded stochastically; contiguous.
         state: State of `weight_FD`, float32, updated in place.
         settings: The step's settings.
 

@@ -102,7 +102,7 @@ def pair_update(
         grad_NA: float32, bfloat16 or float16, gradient of the logits; ignored at pads.
         hidden_ND: Any of the three.
         active_NA: int32 or int64 class ids in [0, C), or -1 for a pad; one out of range is left out.
-        weight_CD: Any of the three; updated in place, rounded to nearest; contiguous.
+        weight_CD: Any of the three; updated in place, 16 bits rounded stochastically; contiguous.
         bias_C: Any of the three; updated in place; contiguous; or None.
         weight_state: State of `weight_CD`, float32, updated in place.
         bias_state: State of `bias_C`, float32, updated in place; None where there is no bias.

@@ -57,7 +57,7 @@ def rows_update(
         ids_U: int32 or int64 class ids in [0, C), each at most once; one out of range is left out.
         grad_UD: Gradient of the rows, float32, bfloat16 or float16.
         grad_bias_U: Gradient of the biases, any of the three; None where there is no bias.
-        weight_CD: Any of the three; updated in place, rounded to nearest; contiguous.
+        weight_CD: Any of the three; updated in place, 16 bits rounded stochastically; contiguous.
         bias_C: Any of the three; updated in place; contiguous; or None.
         weight_state: State of `weight_CD`, float32, updated in place.
         bias_state: State of `bias_C`, float32, updated in place; None where there is no bias.

@@ -4,8 +4,8 @@ The (row, source) pairs are sorted by parameter row, stably, so that the pairs o
 their position. The warp of a row's first pair does the row, the warps of the others end at once: no count comes
 back to the host, no sum needs atomics, and the result is the same bits in every run. The time of a row grows with its
 pairs: one that all rows of a large batch touch is done by one warp. Which optimiser it is the shapes of the state say
-(`slidex.kernels.optimizer.RowState`). Letters: R parameter rows, D their width, N source rows, M pairs (one parameter
-row, one source row), U listed rows.
+(`slidex.kernels.optimizer.RowState`). New weights of 16 bits are rounded as `slidex.kernels.rounding` says. Letters: R
+parameter rows, D their width, N source rows, M pairs (one parameter row, one source row), U listed rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from slidex.kernels.cuda.arguments import coefficients
-from slidex.kernels.cuda.device import ALL_LANES, STRIDE, store, warp_sum, wide
+from slidex.kernels.cuda.device import ALL_LANES, OF_BIAS, STRIDE, row_key, store_stochastic, warp_sum, wide
 from slidex.kernels.cuda.launch import WARP, blocks_for, cuda, float32, kernel
 
 if TYPE_CHECKING:
@@ -217,24 +217,27 @@ def _update_row(gradient_D, weights, row, step):
 def _update_entry(gradient, biases, i, step):
     """Update entry i of a (R,) parameter and its state, by one lane."""
     bias_R, moment1_R, moment2_R = biases
-    take1, take2, epsilon, step_size, shrink, learning_rate = step
+    take1, take2, epsilon, step_size, shrink, learning_rate, key = step
+    counter = np.uint32(row_key(key, i) + OF_BIAS)
     bias = wide(bias_R[i]) * shrink
     if moment1_R.size:
         moment1 = moment1_R[i] + (gradient - moment1_R[i]) * take1
         moment2 = moment2_R[i] + (gradient * gradient - moment2_R[i]) * take2
         moment1_R[i] = moment1
         moment2_R[i] = moment2
-        store(bias_R, i, bias - step_size * moment1 / (math.sqrt(moment2) + epsilon))
+        after = bias - step_size * moment1 / (math.sqrt(moment2) + epsilon)
     else:
         moment2 = moment2_R[i] + gradient * gradient
         moment2_R[i] = moment2
-        store(bias_R, i, bias - learning_rate * gradient / (math.sqrt(moment2) + epsilon))
+        after = bias - learning_rate * gradient / (math.sqrt(moment2) + epsilon)
+    store_stochastic(bias_R, i, after, counter)
 
 
 @cuda.jit(device=True)
 def _adam_row(gradient_D, weights, row, step):
     weight_RD, moment1_RD, moment2_RD = weights
-    take1, take2, epsilon, step_size, shrink, _ = step
+    take1, take2, epsilon, step_size, shrink, _, key = step
+    first = row_key(key, row)
     d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
     while d < width:
         gradient = gradient_D[d]
@@ -243,14 +246,16 @@ def _adam_row(gradient_D, weights, row, step):
         moment1_RD[row, d] = moment1
         moment2_RD[row, d] = moment2
         weight = wide(weight_RD[row, d]) * shrink
-        store(weight_RD, (row, d), weight - step_size * moment1 / (math.sqrt(moment2) + epsilon))
+        after = weight - step_size * moment1 / (math.sqrt(moment2) + epsilon)
+        store_stochastic(weight_RD, (row, d), after, np.uint32(first + np.uint32(d)))
         d += STRIDE
 
 
 @cuda.jit(device=True)
 def _rowwise_adam_row(gradient_D, weights, row, step):
     weight_RD, moment1_RD, moment2_R1 = weights
-    take1, take2, epsilon, step_size, shrink, _ = step
+    take1, take2, epsilon, step_size, shrink, _, key = step
+    first = row_key(key, row)
     moment2 = moment2_R1[row, 0]
     moment2 += (_mean_square(gradient_D, weight_RD.shape[1]) - moment2) * take2
     moment2 = _written_by_lane_0(moment2, moment2_R1, row)
@@ -259,20 +264,23 @@ def _rowwise_adam_row(gradient_D, weights, row, step):
     while d < width:
         moment1 = moment1_RD[row, d] + (gradient_D[d] - moment1_RD[row, d]) * take1
         moment1_RD[row, d] = moment1
-        store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * moment1)
+        after = wide(weight_RD[row, d]) * shrink - scale * moment1
+        store_stochastic(weight_RD, (row, d), after, np.uint32(first + np.uint32(d)))
         d += STRIDE
 
 
 @cuda.jit(device=True)
 def _rowwise_adagrad_row(gradient_D, weights, row, step):
     weight_RD, _, moment2_R1 = weights
-    _, _, epsilon, _, shrink, learning_rate = step
+    _, _, epsilon, _, shrink, learning_rate, key = step
+    first = row_key(key, row)
     moment2 = moment2_R1[row, 0] + _mean_square(gradient_D, weight_RD.shape[1])
     moment2 = _written_by_lane_0(moment2, moment2_R1, row)
     scale = learning_rate / (math.sqrt(moment2) + epsilon)
     d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
     while d < width:
-        store(weight_RD, (row, d), wide(weight_RD[row, d]) * shrink - scale * gradient_D[d])
+        after = wide(weight_RD[row, d]) * shrink - scale * gradient_D[d]
+        store_stochastic(weight_RD, (row, d), after, np.uint32(first + np.uint32(d)))
         d += STRIDE
 
 

@@ -20,7 +20,7 @@ ROOT = HERE.parents[2]
 SUITES = sorted(ROOT.glob("tests/**/on_device*.py"))
 MINUTES = "3"
 """The benchmark begins no further size after so long, so that all of it takes ten."""
-SMALL = "as_exact and (plain or one-row or width-130) and float32"
+SMALL = "(as_exact and float32 or rounded and bfloat16) and (plain or one-row or width-130)"
 
 
 def main() -> int:

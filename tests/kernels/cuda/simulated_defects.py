@@ -11,7 +11,7 @@ import torch
 
 from slidex.kernels import cuda, reference
 from slidex.kernels.cuda import device, embedding, losses, pairs, shared, sums, update
-from tests.kernels.cases import Shape, assert_as_exact_as_torch
+from tests.kernels.cases import Shape, assert_as_exact_as_torch, assert_rounds_as_the_reference
 
 SMALL = Shape(rows=2, slots=7, classes=11, width=24)
 WIDE = replace(SMALL, slots=3, classes=4, width=130)
@@ -171,6 +171,45 @@ DEFECTS = {
     ),
 }
 
+# of the same, where weights have 16 bits
+ROUNDING_DEFECTS = {
+    "weights are rounded to nearest": (
+        device,
+        "elif not np.isfinite(x):",
+        "elif True:",
+        "pair_update",
+        SMALL,
+    ),
+    "the bits do not depend on the column": (
+        update,
+        "np.uint32(first + np.uint32(d))",
+        "first",
+        "rows_update",
+        SMALL,
+    ),
+    "the bits do not depend on the row": (
+        device,
+        "np.uint32(key) ^ np.uint32(row)",
+        "np.uint32(key)",
+        "rows_update",
+        SMALL,
+    ),
+    "the bits do not depend on the step": (
+        device,
+        "np.uint32(key) ^ np.uint32(row)",
+        "np.uint32(row)",
+        "embedding_bag_update",
+        SMALL,
+    ),
+    "a bias is rounded as the first weight of its row": (
+        update,
+        "row_key(key, i) + OF_BIAS",
+        "row_key(key, i)",
+        "pair_update",
+        replace(LONG, width=1),
+    ),
+}
+
 
 def _broken(module: ModuleType, old: str, new: str) -> ModuleType:
     path = Path(str(module.__file__))
@@ -196,6 +235,18 @@ def test_the_comparison_notices_a_broken_kernel(defect: str, monkeypatch: pytest
     _linked(monkeypatch, module, _broken(module, old, new))
     with pytest.raises(AssertionError):
         assert_as_exact_as_torch(getattr(cuda, name), getattr(reference, name), name, shape, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("defect", ROUNDING_DEFECTS)
+def test_a_kernel_that_rounds_otherwise_is_noticed(
+    defect: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, old, new, name, shape = ROUNDING_DEFECTS[defect]
+    assert_rounds_as_the_reference(getattr(cuda, name), getattr(reference, name), name, shape, dtype)
+    _linked(monkeypatch, module, _broken(module, old, new))
+    with pytest.raises(AssertionError):
+        assert_rounds_as_the_reference(getattr(cuda, name), getattr(reference, name), name, shape, dtype)
 
 
 def test_the_same_surgery_without_a_defect_passes(monkeypatch: pytest.MonkeyPatch) -> None:

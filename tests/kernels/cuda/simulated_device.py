@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from slidex.kernels.cuda.device import block_max, block_sum, store, warp_max, warp_sum, wide
+from slidex.kernels.cuda.device import (
+    OF_BIAS,
+    block_max,
+    block_sum,
+    row_key,
+    store,
+    store_stochastic,
+    warp_max,
+    warp_sum,
+    wide,
+)
 from slidex.kernels.cuda.launch import Kernel, blocks_for, cuda, kernel
+from slidex.kernels.rounding import rounding_key, stochastic_round
 
 
 @kernel
@@ -51,6 +62,33 @@ def test_storing_rounds_to_nearest_and_ties_to_even(dtype: torch.dtype) -> None:
     assert torch.equal(out, x.to(dtype))
     _narrow.launch(1, 32, torch.tensor([torch.nan, -torch.nan]), out)
     assert out[:2].isnan().all()
+
+
+@kernel
+def _narrow_by_chance(x_RD, out_RD, bias_R, out_R, key):
+    row = cuda.grid(1)
+    if row < x_RD.shape[0]:
+        first = row_key(key, row)
+        for d in range(x_RD.shape[1]):
+            store_stochastic(out_RD, (row, d), x_RD[row, d], np.uint32(first + np.uint32(d)))
+        store_stochastic(out_R, row, bias_R[row], np.uint32(first + OF_BIAS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_storing_stochastically_is_the_rounding_of_the_reference_to_the_bit(dtype: torch.dtype) -> None:
+    scale = 10.0 ** torch.arange(-12, 8)
+    x = torch.cat([torch.randn(30, 20) * scale, torch.tensor([[0.0, -0.0, 1e-40, -1e-7]]).repeat(1, 5)])
+    x[3, :4] = torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])
+    out, bias = torch.zeros(31, 20, dtype=dtype), torch.randn(31)
+    out_R, key = torch.zeros(31, dtype=dtype), rounding_key(seed=5, step=2)
+    _narrow_by_chance.launch(1, 32, x, out, bias, out_R, key)
+    want = stochastic_round(x, dtype, torch.arange(31), key)
+    assert torch.equal(out.nan_to_num(7, 8, 9), want.nan_to_num(7, 8, 9))
+    assert torch.equal(out_R, stochastic_round(bias, dtype, torch.arange(31), key))
+    assert (want != x.to(dtype)).float().mean() > 0.1  # not those of rounding to nearest
+    same = torch.zeros(31, 20)
+    _narrow_by_chance.launch(1, 32, x, same, bias, out_R, key)
+    assert torch.equal(same.nan_to_num(7, 8, 9), x.nan_to_num(7, 8, 9))
 
 
 @kernel
