@@ -177,11 +177,13 @@ def linear_fit(
     num_features: int,
     *,
     cost: float,
+    centroid: float = 0.0,
+    origin: float = 0.0,
     threshold: float = 0.0,
     passes: int = 20,
     tolerance: float = 1e-12,
 ) -> LinearWeights:
-    """``min_w |w|^2 / 2 + bias^2 / 2 + cost * sum_p max(0, 1 - y_p (w . x_p + bias))^2``, by Newton steps."""
+    """``min_w |w - w0|^2 / 2 + cost * sum_p max(0, 1 - y_p w . x_p)^2``, ``w0`` is centroid, origin; Newton steps."""
     x_NF = values.new_zeros(len(indptr) - 1, num_features + 1)
     x_NF[_rows(indptr), indices.long()], x_NF[:, -1] = values, 1
     w_CF = values.new_zeros(len(class_indptr) - 1, num_features + 1)
@@ -190,13 +192,13 @@ def linear_fit(
         zip(class_indptr[:-1].tolist(), class_indptr[1:].tolist(), strict=True)
     ):
         x_PF, y_P = x_NF[rows[first:last].long()], 2 * positive[first:last].to(values.dtype) - 1
+        m_F = torch.nn.functional.normalize(x_PF[y_P > 0, :-1].sum(0), dim=0, eps=1e-30)
+        w0_F = torch.cat([centroid * m_F, values.new_tensor([origin])])
         for _ in range(passes if last > first else 0):
             inside = y_P * (x_PF @ w_CF[c]) < 1
             form = torch.eye(num_features + 1, dtype=values.dtype) + 2 * cost * x_PF[inside].T @ x_PF[inside]
-            before, w_CF[c] = (
-                w_CF[c].clone(),
-                torch.linalg.solve(form, 2 * cost * x_PF[inside].T @ y_P[inside]),
-            )
+            before = w_CF[c].clone()
+            w_CF[c] = torch.linalg.solve(form, w0_F + 2 * cost * x_PF[inside].T @ y_P[inside])
             if (w_CF[c] - before).abs().max() <= tolerance:
                 break
     kept = (w_CF[:, :-1] != 0) & (w_CF[:, :-1].abs() >= threshold)
@@ -245,13 +247,17 @@ def class_centroids(
 
 
 def nearest_centroids(
-    centroids: Centroids, indptr: Tensor, indices: Tensor, values: Tensor, k: int
+    centroids: Centroids, indptr: Tensor, indices: Tensor, values: Tensor, k: int, *, share: float = 1.0
 ) -> Tensor:
-    """The k classes of largest ``x[n] . centroid[c]``, of those above 0; -1 for none."""
+    """The k classes of largest ``x[n] . centroid[c]``, of those above 0, by the largest values of x; -1 for none."""
     mean_FC = values.new_zeros(centroids.num_features, centroids.num_classes)
     mean_FC[_rows(centroids.indptr), centroids.classes.long()] = centroids.values
     x_NF = values.new_zeros(len(indptr) - 1, centroids.num_features)
-    x_NF[_rows(indptr), indices.long()] = values
+    for n, (first, last) in enumerate(zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)):
+        order = values[first:last].abs().argsort(descending=True, stable=True)
+        square = values[first:last][order].double().square()
+        order = order[square.cumsum(0) - square < share * square.sum()]
+        x_NF[n, indices[first:last][order].long()] = values[first:last][order]
     best_NC, ids_NC = (x_NF @ mean_FC).sort(dim=1, descending=True, stable=True)
     ids_NK = ids_NC.masked_fill(best_NC <= 0, -1)[:, :k]
     return torch.nn.functional.pad(ids_NK, (0, k - ids_NK.shape[1]), value=-1)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DataError
-from slidex.lsh import exact_topk_and_total
+from slidex.lsh import exact_topk, exact_topk_and_total
 from slidex.nn.encoder import BagEncoder
 from slidex.nn.head import SampledHead
 from slidex.nn.partition import PARTITION_CANDIDATES, PARTITION_CLASSES, PartitionEstimator
@@ -195,10 +195,8 @@ class Classifier:
                 hidden_ND = self.encoder(rows)
                 if index is not None:
                     found = self._best_of(index, hidden_ND, wanted, estimator if totals else None)
-                elif totals:
-                    found = exact_topk_and_total(hidden_ND, self.head.weight, self.head.bias, wanted)
                 else:
-                    found = *self.head.topk(hidden_ND, wanted), None
+                    found = self._best(hidden_ND, wanted, totals=totals)
                 logits_NK, ids_NK = found[0].cpu(), found[1].cpu()
                 log_total_N = None if found[2] is None else found[2].cpu()
                 best = logits_NK, ids_NK, logits_NK
@@ -216,6 +214,20 @@ class Classifier:
     def _wanted(self, k: int) -> int:
         """Classes that the head must give for `k` ranked ones."""
         return k if self.ranker is None else max(k, min(self.ranker.candidates, self.head.num_classes))
+
+    def _best(
+        self, hidden_ND: torch.Tensor, k: int, *, totals: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The k best of the classes that the network is to propose from, and the partition function if asked for."""
+        head, known_M = self.head, None if self.ranker is None else self.ranker.known_M
+        if known_M is None or k > len(known_M):
+            if totals:
+                return exact_topk_and_total(hidden_ND, head.weight, head.bias, k)
+            return *head.topk(hidden_ND, k), None
+        known_M = known_M.to(hidden_ND.device)
+        logits_NK, places_NK = exact_topk(hidden_ND, head.weight[known_M], head.bias[known_M], k)
+        log_total_N = exact_topk_and_total(hidden_ND, head.weight, head.bias, 1)[2] if totals else None
+        return logits_NK, known_M[places_NK], log_total_N
 
     def _best_of(
         self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
@@ -236,8 +248,12 @@ class Classifier:
             ids_NA: int64, padded with -1.
         """
         with torch.no_grad():
-            logits_NA = self.head.logits(self.encoder(x), ids_NA.to(self.head.weight.device)).cpu()
-        return logits_NA if self.ranker is None else self.ranker.scores(x, logits_NA, ids_NA)
+            hidden_ND = self.encoder(x)
+            logits_NA = self.head.logits(hidden_ND, ids_NA.to(hidden_ND.device)).cpu()
+            if self.ranker is None:
+                return logits_NA
+            best_N = self._best(hidden_ND, 1)[0][:, 0].cpu()
+        return self.ranker.scores(x, logits_NA, ids_NA, best_N)
 
     def partition_estimator(self, k: int) -> PartitionEstimator:
         """The estimator for indexed prediction of k classes, over today's weights."""

@@ -11,6 +11,7 @@ Legend: N rows, C classes, F features, A and B candidates per row, P pairs of cl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 COMPONENTS, CHAMPIONS = 32, 1_000
 """Components that are kept of a class's centroid, and then of each feature."""
+MIN_KNOWN = 1 << 10
+"""Where fewer classes have enough rows for the network to know them, it proposes from all."""
+SHARE = 0.8
+"""Of a row's squared values: what is left out finds frequent classes, and those are the network's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,7 @@ class CentroidSearch:
             x: N rows of features.
             ids_NA: int64, classes that the rows have, padded with -1.
         """
-        found_NB = nearest_centroids(self.centroids, *row_tensors(x.unit_rows()), self.count)
+        found_NB = nearest_centroids(self.centroids, *row_tensors(x.unit_rows()), self.count, share=SHARE)
         _leave_out(ids_NA.numpy(), found_NB.numpy())
         return found_NB
 
@@ -56,37 +61,52 @@ class CentroidSearch:
 class LinearRanker:
     """Adds a linear score of the input to the logits of candidates.
 
+    A network's logits say a lot about its best classes and little about the others: of a class with a few rows it knows
+    only that it is rare. So logits far below a row's best one count alike, and the linear scores decide among them.
+
     Args:
         weights: Of C classes over the F input features, for rows of unit L2 norm.
         candidates: How many of a row's best classes it is to rank.
         factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
+        floor: Logits count as at least the row's best one less this.
         prior_C: float32, added to every score of a class; None for nothing.
         search: Proposes more classes; None leaves those of the network.
+        known_M: int64, the classes that the network is to propose from; None for all.
     """
 
     weights: LinearWeights
     candidates: int
     factor: float
+    floor: float = math.inf
     prior_C: torch.Tensor | None = None
     search: CentroidSearch | None = None
+    known_M: torch.Tensor | None = None
 
-    def scores(self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
-        """``logit + factor * (w_c . x / |x| + b_c) + prior_c``: float32 (N, A), -inf at pads.
+    def scores(
+        self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor, best_N: torch.Tensor
+    ) -> torch.Tensor:
+        """``max(logit, best - floor) + factor * (w_c . x / |x| + b_c) + prior_c``: float32 (N, A), -inf at pads.
 
         Args:
             x: N rows of features.
             logits_NA: float32, the head's scores.
             ids_NA: int64, their classes, padded with -1.
+            best_N: float32, the highest logit of each row.
         """
         linear_NA = linear_scores(self.weights, *row_tensors(x.unit_rows()), ids_NA)
-        scores_NA = logits_NA + self.factor * linear_NA.masked_fill_(ids_NA < 0, 0)
-        return scores_NA if self.prior_C is None else scores_NA + self.prior_C[ids_NA.clamp(min=0)]
+        scores_NA = logits_NA.maximum(best_N[:, None] - self.floor) + self.factor * linear_NA
+        if self.prior_C is not None:
+            scores_NA += self.prior_C[ids_NA.clamp(min=0)]
+        return scores_NA.masked_fill_(ids_NA < 0, -torch.inf)
 
     def rank(
         self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scores, classes and logits, each (N, k), of the candidates with the k highest scores, best first."""
-        scores_NK, best_NK = self.scores(x, logits_NA, ids_NA).topk(k)
+        """Scores, classes and logits, each (N, k), of the candidates with the k highest scores, best first.
+
+        The highest logit of each row must be among those given.
+        """
+        scores_NK, best_NK = self.scores(x, logits_NA, ids_NA, logits_NA.amax(1)).topk(k)
         return scores_NK, ids_NA.gather(1, best_NK), logits_NA.gather(1, best_NK)
 
 
@@ -106,6 +126,18 @@ def centroid_search(x: CsrArrays, labels: CsrArrays, count: int) -> CentroidSear
     own = class_pairs(labels, np.empty((labels.num_rows, 0), dtype=np.int32))
     arrays = own.indptr, own.rows, *row_tensors(x.unit_rows()), x.num_columns
     return CentroidSearch(class_centroids(*arrays, keep=COMPONENTS, longest=CHAMPIONS), count)
+
+
+def known_classes(class_counts: np.ndarray, min_rows: int) -> torch.Tensor | None:
+    """The classes with at least `min_rows` training rows, int64 (M,), or None where they are too few or all.
+
+    Args:
+        class_counts: int64 (C,), training rows of every class.
+        min_rows: At least 0.
+    """
+    known_M = np.flatnonzero(class_counts >= min_rows)
+    few = len(known_M) < MIN_KNOWN or len(known_M) == len(class_counts)
+    return None if few else torch.from_numpy(known_M)
 
 
 class ClassPairs(NamedTuple):

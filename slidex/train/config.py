@@ -69,8 +69,20 @@ class TrainConfig(SamplingSettings):
         low=0,
         high=4096,
     )
+    ranker_min_rows: int = setting(
+        10,
+        "Where there are centroids, the network proposes only classes with at least so many training rows: it knows "
+        "next to nothing of the others, and prediction need not score them.",
+        low=0,
+    )
     ranker_weight: float = setting(
-        16.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+        10.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+    )
+    ranker_floor: float = setting(
+        6.0,
+        "Scores of the network that are further below a row's best one count as so far below it.",
+        low=0.0,
+        high=1e6,
     )
     ranker_tail: float = setting(
         0.0,

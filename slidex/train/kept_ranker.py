@@ -15,7 +15,7 @@ import torch
 from slidex.errors import CheckpointError, ConfigError
 from slidex.kernels import Centroids, LinearWeights
 from slidex.metrics import propensities
-from slidex.nn.ranker import CentroidSearch, LinearRanker
+from slidex.nn.ranker import CentroidSearch, LinearRanker, known_classes
 from slidex.train.records import load_tensors, read_record, write_record
 
 if TYPE_CHECKING:
@@ -55,13 +55,24 @@ class KeptRanker:
         return f"{size}, fitted on {self.pairs:,} pairs of class and row; step {self.step}"
 
     def ranker(self, config: TrainConfig, class_counts: np.ndarray, train_rows: int) -> LinearRanker:
-        """With the settings of the run, and the training frequencies int64 (C,) that `ranker_tail` needs."""
+        """With the settings of the run, and int64 (C,) how many of its training rows have each class."""
         prior_C = None
         if config.ranker_tail:
             log_propensity_C = np.log(propensities(class_counts, train_rows))
             prior_C = torch.from_numpy((-config.ranker_tail * log_propensity_C).astype(np.float32))
-        search = None if self.centroids is None else CentroidSearch(self.centroids, config.ranker_centroids)
-        return LinearRanker(self.weights, config.ranker_candidates, config.ranker_weight, prior_C, search)
+        search = known_M = None
+        if self.centroids is not None:
+            search = CentroidSearch(self.centroids, config.ranker_centroids)
+            known_M = known_classes(class_counts, config.ranker_min_rows)
+        return LinearRanker(
+            self.weights,
+            config.ranker_candidates,
+            config.ranker_weight,
+            config.ranker_floor,
+            prior_C,
+            search,
+            known_M,
+        )
 
 
 def save_ranker(run: Path, kept: KeptRanker) -> None:

@@ -35,6 +35,8 @@ TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 16
 FITTED, FITTED_CENTROIDS = 3, 6
 """A class is fitted on the rows that have it among so many times as many of the network's classes, and of the nearest
 centroids, as are ranked: what looks like a class without being it is what to learn from."""
+CENTROID, ORIGIN, TOLERANCE = 2.0, -1.0, 0.5
+"""Of `linear_fit`: where weights and bias are drawn to, and how exactly it solves."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -77,6 +79,9 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
             *row_tensors(x.unit_rows()),
             dataset.num_features,
             cost=config.ranker_cost,
+            centroid=CENTROID,
+            origin=ORIGIN,
+            tolerance=TOLERANCE,
             threshold=config.ranker_threshold,
             progress=lambda done, total: tell("weights", done, total),
         )

@@ -41,6 +41,7 @@ def assert_parity(
     keep: int = 4,
     longest: int = 9,
     k: int = 6,
+    share: float = 1.0,
 ) -> None:
     arguments = *classes_of(rows, classes, seed), *sparse_rows(rows, features, seed + 1), features
     got = make(*arguments, keep=keep, longest=longest)
@@ -50,21 +51,26 @@ def assert_parity(
     torch.testing.assert_close(got.values, want.values, rtol=1e-12, atol=1e-14)
     asked = sparse_rows(25, features, seed + 2)
     # Classes of the same rows have the same centroid, up to the order of sums: it is the scores that must agree.
-    found, expected = nearest(want, *asked, k), reference.nearest_centroids(want, *asked, k)
+    found = nearest(want, *asked, k, share=share)
+    expected = reference.nearest_centroids(want, *asked, k, share=share)
     assert torch.equal(found < 0, expected < 0)
     assert all(len(set(ids[ids >= 0].tolist())) == int((ids >= 0).sum()) for ids in found)
     torch.testing.assert_close(
-        _products(want, asked, found), _products(want, asked, expected), rtol=1e-12, atol=1e-14
+        _products(want, asked, found, share), _products(want, asked, expected, share), rtol=1e-12, atol=1e-14
     )
 
 
-def _products(centroids: Centroids, rows: Rows, ids_NK: torch.Tensor) -> torch.Tensor:
-    """Inner products of rows and centroids; 0 at pads."""
+def _products(centroids: Centroids, rows: Rows, ids_NK: torch.Tensor, share: float) -> torch.Tensor:
+    """Inner products of a share of the rows and centroids; 0 at pads."""
     dense_FC = torch.zeros(centroids.num_features, centroids.num_classes, dtype=torch.float64)
     feature = torch.repeat_interleave(torch.arange(centroids.num_features), centroids.indptr.diff())
     dense_FC[feature, centroids.classes.long()] = centroids.values
     x_NF = torch.zeros(len(ids_NK), centroids.num_features, dtype=torch.float64)
-    x_NF[torch.repeat_interleave(torch.arange(len(ids_NK)), rows[0].diff()), rows[1].long()] = rows[2]
+    for n, row in enumerate(zip(rows[0][:-1].tolist(), rows[0][1:].tolist(), strict=True)):
+        best = rows[2][slice(*row)].abs().argsort(descending=True, stable=True)
+        squares = rows[2][slice(*row)][best] ** 2
+        count = int((squares.cumsum(0) - squares < share * squares.sum()).sum())
+        x_NF[n, rows[1][slice(*row)][best[:count]].long()] = rows[2][slice(*row)][best[:count]]
     return (x_NF @ dense_FC).gather(1, ids_NK.clamp(min=0)).masked_fill(ids_NK < 0, 0)
 
 
@@ -82,6 +88,11 @@ def _products(centroids: Centroids, rows: Rows, ids_NK: torch.Tensor) -> torch.T
         {"longest": 1},
         {"k": 1},
         {"k": 50},
+        {"share": 0.8, "longest": 20},
+        {"share": 0.3},
+        {"share": 1e-9, "k": 3},
+        {"classes": 3000, "longest": 3000, "k": 20},  # where only those above a bound are ranked
+        {"classes": 3000, "longest": 3000, "k": 1, "keep": 1},
     ],
     ids=str,
 )
@@ -103,11 +114,15 @@ BROKEN: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "the two nearest exchanged": (
         cpu.class_centroids,
-        lambda *a: cpu.nearest_centroids(*a)[:, [1, 0, *range(2, a[-1])]],
+        lambda *a, **n: cpu.nearest_centroids(*a, **n)[:, [1, 0, *range(2, a[-1])]],
     ),
     "values of a row are another's": (
         cpu.class_centroids,
-        lambda c, p, i, v, k: cpu.nearest_centroids(c, p, i, v.roll(1), k),
+        lambda c, p, i, v, k, **n: cpu.nearest_centroids(c, p, i, v.roll(1), k, **n),
+    ),
+    "a share of the row": (
+        cpu.class_centroids,
+        lambda *a, share: cpu.nearest_centroids(*a, share=0.7 * share),
     ),
 }
 

@@ -49,11 +49,12 @@ Fit = Callable[..., LinearWeights]
 
 
 def assert_fit_parity(
-    fit: Fit, seed: int, *, rows: int = 30, features: int = 17, classes: int = 9, cost: float = 1.3
+    fit: Fit, seed: int, *, rows: int = 30, features: int = 17, classes: int = 9, **numbers: float
 ) -> None:
     arguments = *pairs_of(rows, classes, seed), *sparse_rows(rows, features, seed + 1), features
-    got = fit(*arguments, cost=cost, **TIGHT)
-    want = reference.linear_fit(*arguments, cost=cost, passes=100)
+    numbers = {"cost": 1.3} | numbers
+    got = fit(*arguments, **numbers, **TIGHT)
+    want = reference.linear_fit(*arguments, **numbers, passes=100)
     torch.testing.assert_close(dense(got), dense(want), rtol=1e-7, atol=1e-8)
 
 
@@ -68,6 +69,9 @@ def assert_fit_parity(
         {"cost": 30.0},
         {"classes": 1},
         {"classes": 80, "rows": 5},
+        {"centroid": 2.0, "origin": -1.0},
+        {"centroid": 0.5, "rows": 60, "features": 40},
+        {"origin": 3.0, "cost": 0.01},
     ],
     ids=str,
 )
@@ -113,6 +117,12 @@ def test_comparison_fails_on_a_broken_fit(name: str) -> None:
 
     with pytest.raises(AssertionError):
         assert_fit_parity(broken, 0)
+
+
+@pytest.mark.parametrize("number", [{"centroid": 1.0}, {"origin": -1.0}], ids=str)
+def test_comparison_fails_where_weights_are_drawn_elsewhere(number: dict[str, float]) -> None:
+    with pytest.raises(AssertionError):
+        assert_fit_parity(lambda *a, **n: cpu.linear_fit(*a, **n | number), 0)
 
 
 def test_few_passes_stop_early_and_many_do_not_matter() -> None:
@@ -212,6 +222,8 @@ def test_a_stopped_fit_leaves_out_what_has_not_begun(
         ({"passes": 0}, "'passes'"),
         ({"tolerance": -1.0}, "'tolerance'"),
         ({"threshold": float("nan")}, "'threshold'"),
+        ({"centroid": -1.0}, "'centroid'"),
+        ({"origin": float("inf")}, "'origin'"),
     ],
 )
 def test_fit_refuses_numbers_out_of_range(change: dict[str, Any], message: str) -> None:

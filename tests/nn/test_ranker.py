@@ -11,7 +11,14 @@ import torch
 from slidex.data import CsrArrays
 from slidex.kernels import LinearWeights, reference
 from slidex.nn.classifier import PREDICT_ROWS, Classifier
-from slidex.nn.ranker import CentroidSearch, LinearRanker, centroid_search, class_pairs, row_tensors
+from slidex.nn.ranker import (
+    CentroidSearch,
+    LinearRanker,
+    centroid_search,
+    class_pairs,
+    known_classes,
+    row_tensors,
+)
 from slidex.train.config import TrainConfig
 
 F, C = 30, 40
@@ -74,6 +81,44 @@ def test_scores_are_logits_and_linear_scores_of_unit_rows() -> None:
     np.testing.assert_allclose(unit[2], x.values / norms[x.row_ids()], rtol=1e-6)
     linear_NA = reference.linear_scores(ranked.ranker.weights, *unit, ids_NA)
     torch.testing.assert_close(ranked.scores(x, ids_NA), network.scores(x, ids_NA) + 3 * linear_NA)
+
+
+def test_logits_far_below_the_best_one_count_alike() -> None:
+    network, x = model(), random_rows(50, 1)
+    floored = replace(network, ranker=replace(ranker(C), floor=0.05))
+    ids_NA = torch.arange(C).repeat(50, 1)
+    logits_NA = network.scores(x, ids_NA)
+    linear_NA = reference.linear_scores(floored.ranker.weights, *row_tensors(x.unit_rows()), ids_NA)
+    want_NA = torch.maximum(logits_NA, logits_NA.amax(1, keepdim=True) - 0.05) + 3 * linear_NA
+    torch.testing.assert_close(floored.scores(x, ids_NA), want_NA)
+    # The best logit is the row's, also where the best class is not asked for; topk gives what scores does.
+    torch.testing.assert_close(floored.scores(x, ids_NA[:, :3]), want_NA[:, :3])
+    scores_NK, best_NK = next(iter(floored.topk(x, 4)))
+    torch.testing.assert_close(scores_NK, want_NA.topk(4).values)
+    assert (scores_NK - want_NA.gather(1, best_NK)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("totals", [False, True])
+def test_a_network_proposes_only_classes_that_it_knows(totals: bool) -> None:
+    network, x = model(), random_rows(50, 1)
+    known_M = torch.arange(0, C, 3)
+    some = replace(network, ranker=replace(ranker(4, factor=0.0), known_M=known_M))
+    found = next(iter(some.ranked(x, 4, totals=totals)))
+    logits_NM = network.scores(x, known_M.repeat(50, 1))
+    assert torch.equal(found.ids_NK, known_M[logits_NM.topk(4).indices])
+    torch.testing.assert_close(found.scores_NK, logits_NM.topk(4).values)
+    if totals:
+        every_N = network.scores(x, torch.arange(C).repeat(50, 1)).logsumexp(1)
+        torch.testing.assert_close(found.log_total_N, every_N)
+    more = next(iter(some.ranked(x, C, totals=totals)))  # than it knows
+    assert set(more.ids_NK[0].tolist()) == set(range(C))
+
+
+def test_which_classes_a_network_knows() -> None:
+    counts_C = np.arange(3000)
+    assert torch.equal(known_classes(counts_C, 10), torch.arange(10, 3000))
+    assert known_classes(counts_C, 0) is None  # all
+    assert known_classes(counts_C, 2990) is None  # too few
 
 
 @pytest.mark.parametrize("indexed", [False, True])

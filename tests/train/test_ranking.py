@@ -91,6 +91,7 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
             {"ranker_threshold": 0.5},
             {"ranker_weight": 1.0},
             {"ranker_tail": 2.0},
+            {"ranker_floor": 0.1},
             {"ranker_candidates": 3},
             {"ranker_centroids": 3},
         )

@@ -2,7 +2,8 @@
 
 from slidex.kernels.cpu.centroids import class_centroids, nearest_centroids
 from slidex.kernels.cpu.embedding import embedding_bag, embedding_bag_update
-from slidex.kernels.cpu.linear import linear_fit, linear_scores
+from slidex.kernels.cpu.linear import linear_fit
+from slidex.kernels.cpu.linear_scoring import linear_scores
 from slidex.kernels.cpu.losses import logistic_loss, shared_logistic_loss, shared_softmax_loss, softmax_loss
 from slidex.kernels.cpu.pairs import pair_hidden_grad, pair_logits, pair_update
 from slidex.kernels.cpu.shared import gather_rows, rows_update

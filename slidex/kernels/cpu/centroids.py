@@ -16,6 +16,8 @@ from numba import njit, prange
 from slidex.kernels.centroids import Centroids
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
 
+_BINS = 1024  # of inner products, to find the k largest among thousands
+
 
 def class_centroids(
     class_indptr: torch.Tensor,
@@ -77,10 +79,17 @@ def class_centroids(
 
 
 def nearest_centroids(
-    centroids: Centroids, indptr: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, k: int
+    centroids: Centroids,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    k: int,
+    *,
+    share: float = 1.0,
 ) -> torch.Tensor:
     """The k classes of largest inner product of row and centroid, of those above 0; equal ones by id.
 
+    A row's largest values tell classes of few rows apart and have the shortest lists; `share` leaves out the others.
     Deterministic. Reference: `slidex.kernels.reference.nearest_centroids`.
 
     Args:
@@ -89,16 +98,20 @@ def nearest_centroids(
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
         values: (nnz,), dtype of the centroids.
         k: Classes per row; at least 1.
+        share: Of a row the values of largest magnitude are read (of equal ones the first), until their squares add up
+            to this share of the sum of all squares; above 0, at most 1 for all values.
 
     Returns:
         int64 (N, k), nearest first, padded with -1.
 
     Raises:
-        ConfigError: A shape, dtype, offset or id does not fit, or `k` is below 1.
+        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
     """
     check = Arguments("nearest_centroids", centroids.values.dtype)
     if k < 1:
         check.fail("k", "at least 1", k)
+    if not 0 < share <= 1:
+        check.fail("share", "above 0 and at most 1", share)
     num_rows, nnz = max(len(indptr) - 1, 0), len(indices)
     out_NK = torch.empty(num_rows, k, dtype=torch.int64)
     _nearest(
@@ -109,6 +122,7 @@ def nearest_centroids(
         check.offsets("indptr", indptr, num_rows, nnz),
         check.ids("indices", indices, (nnz,), 0, centroids.num_features),
         check.floats("values", values, (nnz,)),
+        share,
         min(numba.get_num_threads(), max(num_rows, 1)),
         out_NK.numpy(),
     )
@@ -229,7 +243,9 @@ def _invert(counts, room, features, kept, num_features, longest):
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _nearest(feature_indptr, classes, components, num_classes, indptr, indices, values, chunks, out_NK):
+def _nearest(
+    feature_indptr, classes, components, num_classes, indptr, indices, values, share, chunks, out_NK
+):
     num_rows = len(out_NK)
     for chunk in prange(chunks):
         part = slice(num_rows * chunk // chunks, num_rows * (chunk + 1) // chunks)
@@ -241,32 +257,76 @@ def _nearest(feature_indptr, classes, components, num_classes, indptr, indices, 
             indptr[part.start : part.stop + 1],
             indices,
             values,
+            share,
             out_NK[part],
         )
 
 
 @njit(nogil=True)
-def _nearest_of(feature_indptr, classes, components, num_classes, indptr, indices, values, out_NK):
+def _nearest_of(feature_indptr, classes, components, num_classes, indptr, indices, values, share, out_NK):
     sum_C, touched = np.zeros(num_classes, components.dtype), np.empty(num_classes, np.int32)
+    sums = np.empty(num_classes, components.dtype)
     k = out_NK.shape[1]
     best, ids = np.empty(k, components.dtype), np.empty(k, np.int64)
     for n in range(len(out_NK)):
+        row = slice(indptr[n], indptr[n + 1])
         width, size = 0, 0
-        for j in range(indptr[n], indptr[n + 1]):
-            for m in range(feature_indptr[indices[j]], feature_indptr[indices[j] + 1]):
+        for j in _largest(values[row], share):
+            f, v = indices[row.start + j], values[row.start + j]
+            for m in range(feature_indptr[f], feature_indptr[f + 1]):
                 c = classes[m]
                 if sum_C[c] == 0 and width < num_classes:  # twice, should the sum have come back to 0
                     touched[width] = c
                     width += 1
-                sum_C[c] += values[j] * components[m]
+                sum_C[c] += v * components[m]
         whole = width == num_classes  # one may be noted twice and another not at all
+        highest = components.dtype.type(0)
         for t in range(width):
             c = t if whole else touched[t]
-            v = sum_C[c]
+            sums[t] = sum_C[c]
+            highest = max(highest, sums[t])
             sum_C[c] = 0
-            if v > 0 and (size < k or v >= best[0]):  # a call for each would cost more than all else
-                size = _offer(best, ids, size, v, np.int64(c))
+        least = _bound(sums[:width], highest, k)
+        for t in range(width):
+            if sums[t] >= least:  # a call for each would cost more than all else
+                size = _offer(best, ids, size, sums[t], np.int64(t if whole else touched[t]))
         out_NK[n, size:] = -1
         for left in range(size, 0, -1):  # the least goes last
             out_NK[n, left - 1] = ids[0]
             _sink(best, ids, left - 1, best[left - 1], ids[left - 1])
+
+
+@njit(nogil=True)
+def _largest(values, share):
+    """Which values have so much of the sum of squares, in rising order."""
+    if share == 1:
+        return np.arange(len(values))
+    order = np.argsort(-np.abs(values), kind="mergesort")
+    square = 0.0
+    for v in values:
+        square += v * v
+    left, size = share * square, 0
+    while left > 0 and size < len(values):
+        left -= values[order[size]] * values[order[size]]
+        size += 1
+    return np.sort(order[:size])
+
+
+@njit(nogil=True)
+def _bound(sums, highest, k):
+    """A number above 0 that at least k of the sums reach, and not many more; the least above 0 if there are fewer."""
+    tiny = np.finfo(sums.dtype).tiny
+    if len(sums) <= k or highest <= 0:
+        return tiny
+    counts = np.zeros(_BINS, np.int64)
+    scale = _BINS / highest
+    for v in sums:
+        if v > 0:
+            counts[min(np.int64(v * scale), _BINS - 1)] += 1
+    reached = 0
+    for b in range(_BINS - 1, 0, -1):
+        reached += counts[b]
+        if reached >= k:
+            # What was rounded into the bin may lie a little below its edge.
+            return max(sums.dtype.type((b - 0.01) / scale), tiny)
+    return tiny

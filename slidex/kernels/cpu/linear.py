@@ -1,21 +1,22 @@
-"""One linear classifier for each class over sparse features, fitted and scored on the rows that matter to the class.
+"""One linear classifier for each class over sparse features, fitted on the rows that matter to the class.
 
 A class's problem is small: its true rows and the rows it was a candidate for. These are copied next to each other with
 the features that occur in them numbered from 0, so that the passes of coordinate descent stay in the cache; the
 features' own numbers come back when weights are written out. Letters: N rows, F features, C classes, P pairs of class
-and row, A candidates per row, W weights kept.
+and row, L features of a class's rows.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
 from slidex.kernels.cpu.intrinsics import CACHE_LINE, FUSE, prefetch_at
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 
 _PAIRS_AHEAD, _LINES_AHEAD = 4, 2
 _CHUNK_PAIRS = 1 << 17  # done at once by a thread: a fraction of a second
-_SEARCH_COST = 4
-"""Looking up one of a row's features among a class's weights, in steps of reading weights in order."""
+_PASSES_BETWEEN = 6  # two passes over all of a class's pairs
 
 
 def linear_fit(
@@ -40,6 +40,8 @@ def linear_fit(
     num_features: int,
     *,
     cost: float,
+    centroid: float = 0.0,
+    origin: float = 0.0,
     threshold: float = 0.0,
     passes: int = 20,
     tolerance: float = 0.1,
@@ -47,10 +49,13 @@ def linear_fit(
 ) -> LinearWeights:
     """Weights and bias of every class's linear SVM with squared hinge loss.
 
-    For each class ``min_w |w|^2 / 2 + bias^2 / 2 + cost * sum_p max(0, 1 - y_p (w . x_p + bias))^2`` over its pairs p,
-    with ``y_p`` = 1 for its true rows and -1 for the others: LIBLINEAR's L2-regularised L2-loss SVC, by its dual
-    coordinate descent with shrinking (Hsieh et al., ICML 2008, algorithm 3). Classes are independent: the answer
-    depends neither on the number of threads nor on other classes. Reference: `slidex.kernels.reference.linear_fit`.
+    For each class ``min_w |w - centroid m|^2 / 2 + (bias - origin)^2 / 2 + cost * sum_p max(0, 1 - y_p (w . x_p +
+    bias))^2`` over its pairs p, with ``y_p`` = 1 for its true rows and -1 for the others, and ``m`` the sum of the
+    true rows, scaled to unit length. Where `centroid` and `origin` are 0 that is LIBLINEAR's L2-regularised L2-loss
+    SVC; else a class with few rows stays near what these have in common, and few of its pairs move the weights. Solved
+    by dual coordinate descent (Hsieh et al., ICML 2008, algorithm 1); a pass over all pairs alternates with several
+    over those that have a part in the weights. Classes are independent: the answer depends neither on the number of
+    threads nor on other classes. Reference: `slidex.kernels.reference.linear_fit`.
 
     Args:
         class_indptr: int64 (C + 1,), class c has the pairs ``class_indptr[c]:class_indptr[c + 1]``.
@@ -60,7 +65,9 @@ def linear_fit(
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
         values: float32 or float64 (nnz,).
         num_features: F.
-        cost: Of the loss, against the size of the weights; above 0.
+        cost: Of the loss, against the distance of the weights from where they are drawn to; above 0.
+        centroid: Weights are drawn to so many times the unit vector `m`; at least 0.
+        origin: The bias is drawn to it.
         threshold: Weights of smaller magnitude are left out; the bias is always kept.
         passes: Over a class's pairs, at most.
         tolerance: A class is done when the projected gradients of all its pairs lie within so much of each other.
@@ -76,6 +83,7 @@ def linear_fit(
     check = Arguments("linear_fit", values.dtype)
     num_classes, num_rows, nnz = max(len(class_indptr) - 1, 0), max(len(indptr) - 1, 0), len(indices)
     for name, value, least in (
+        ("centroid", centroid, 0),
         ("threshold", threshold, 0),
         ("passes", passes, 1),
         ("tolerance", tolerance, 0),
@@ -84,6 +92,8 @@ def linear_fit(
             check.fail(name, f"at least {least}", value)
     if not cost > 0:
         check.fail("cost", "above 0", cost)
+    if not math.isfinite(origin):
+        check.fail("origin", "a finite number", origin)
     starts = check.offsets("class_indptr", class_indptr, num_classes, len(rows))
     arrays = (
         check.ids("rows", rows, (len(rows),), 0, num_rows),
@@ -95,7 +105,7 @@ def linear_fit(
     chunks = max(num_chunks(), len(rows) // _CHUNK_PAIRS)
     bounds = np.searchsorted(starts, np.linspace(0, starts[-1], chunks + 1)[1:-1])
     bounds = np.unique([0, *bounds, num_classes])
-    numbers = (num_features, cost, threshold, passes, tolerance)
+    numbers = (num_features, cost, centroid, origin, threshold, passes, tolerance)
 
     def fit(first: int, last: int) -> tuple[np.ndarray, ...]:
         return _fit_classes(first, starts[first : last + 1], *arrays, *numbers)
@@ -117,53 +127,22 @@ def linear_fit(
     return LinearWeights(ends, features, kept, biases, num_features)
 
 
-def linear_scores(
-    weights: LinearWeights,
-    indptr: torch.Tensor,
-    indices: torch.Tensor,
-    values: torch.Tensor,
-    candidates_NA: torch.Tensor,
-) -> torch.Tensor:
-    """``scores[n, a] = x[n] . w[c] + bias[c]`` with ``c = candidates[n, a]``; -inf at pads.
-
-    A class with few weights has all of them read; of one with many, the row's features are looked up. Deterministic.
-    Reference: `slidex.kernels.reference.linear_scores`.
-
-    Args:
-        weights: Of C classes over F features.
-        indptr: int64 (N + 1,), the features of the rows.
-        indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
-        values: (nnz,), dtype of the weights.
-        candidates_NA: int32 or int64, classes in [0, C), or -1 for none.
-
-    Returns:
-        scores (N, A) of the dtype of the weights.
-
-    Raises:
-        ConfigError: A shape, dtype, offset or id does not fit.
-    """
-    check = Arguments("linear_scores", weights.values.dtype)
-    num_rows, nnz = max(len(indptr) - 1, 0), len(indices)
-    out_NA = torch.empty(num_rows, candidates_NA.shape[1], dtype=weights.values.dtype)
-    _score_rows(
-        weights.indptr.numpy(),
-        weights.features.numpy(),
-        weights.values.numpy(),
-        weights.bias.numpy(),
-        check.offsets("indptr", indptr, num_rows, nnz),
-        check.ids("indices", indices, (nnz,), 0, weights.num_features),
-        check.floats("values", values, (nnz,)),
-        weights.num_features,
-        check.ids("candidates_NA", candidates_NA, (num_rows, candidates_NA.shape[1]), -1, len(weights.bias)),
-        num_chunks(),
-        out_NA.numpy(),
-    )
-    return out_NA
-
-
 @njit(cache=True, nogil=True)
 def _fit_classes(
-    first, starts, rows, positive, indptr, indices, values, num_features, cost, threshold, passes, tolerance
+    first,
+    starts,
+    rows,
+    positive,
+    indptr,
+    indices,
+    values,
+    num_features,
+    cost,
+    centroid,
+    origin,
+    threshold,
+    passes,
+    tolerance,
 ):
     """The classes from `first` on, whose pairs begin at `starts`; the other arguments are those of `linear_fit`.
 
@@ -172,9 +151,10 @@ def _fit_classes(
     num = len(starts) - 1
     counts, biases = np.zeros(num, np.int64), np.full(num, -1, values.dtype)
     kept_f, kept_w, kept = np.empty(1024, np.int32), np.empty(1024, values.dtype), 0
-    seen_F, local_F = np.full(num_features, -1, np.int32), np.empty(num_features, np.int32)
+    place_F = np.full(num_features, -1, np.int64)
     feature_L, w_L = np.empty(num_features, np.int32), np.empty(num_features, values.dtype)
     ids, x = np.empty(0, np.int32), np.empty(0, values.dtype)
+    chosen_L = np.empty(num_features, np.int32)
     for c in range(num):
         pairs = slice(starts[c], starts[c + 1])
         if starts[c] == starts[c + 1]:
@@ -187,17 +167,23 @@ def _fit_classes(
         at[len(own)] = size
         if size > len(ids):
             ids, x = np.empty(size + size // 4, np.int32), np.empty(size + size // 4, values.dtype)
-        width = _copy_rows(c, own, at, indptr, indices, values, seen_F, local_F, feature_L, ids, x)
+        width = _copy_rows(c, own, at, indptr, indices, values, place_F, feature_L, ids, x)
         w_L[:width] = 0
-        biases[c] = _descend(first + c, positive[pairs], at, ids, x, w_L, cost, passes, tolerance)
-        chosen = np.flatnonzero((w_L[:width] != 0) & (np.abs(w_L[:width]) >= threshold))
-        chosen = chosen[np.argsort(feature_L[chosen])]
-        if kept + len(chosen) > len(kept_f):
-            room = 2 * (kept + len(chosen))
+        if centroid > 0:
+            _add_centroid(positive[pairs], at, ids, x, w_L[:width], centroid)
+        biases[c] = _descend(first + c, positive[pairs], at, ids, x, w_L, origin, cost, passes, tolerance)
+        size = 0
+        for i in range(width):
+            if w_L[i] != 0 and abs(w_L[i]) >= threshold:
+                chosen_L[size] = i
+                size += 1
+        chosen = chosen_L[:size][np.argsort(feature_L[chosen_L[:size]])]
+        if kept + size > len(kept_f):
+            room = 2 * (kept + size)
             kept_f, kept_w = _grown(kept_f, room), _grown(kept_w, room)
-        kept_f[kept : kept + len(chosen)], kept_w[kept : kept + len(chosen)] = feature_L[chosen], w_L[chosen]
-        counts[c] = len(chosen)
-        kept += len(chosen)
+        kept_f[kept : kept + size], kept_w[kept : kept + size] = feature_L[chosen], w_L[chosen]
+        counts[c] = size
+        kept += size
     return counts, kept_f[:kept].copy(), kept_w[:kept].copy(), biases
 
 
@@ -215,29 +201,52 @@ def _shuffle(order, state):
         state ^= state << np.uint64(13)
         state ^= state >> np.uint64(7)
         state ^= state << np.uint64(17)
-        other = k + np.int64((state >> np.uint64(32)) % np.uint64(len(order) - k))
+        # The upper half times the width, over 2^32: a remainder would take as long as all else here.
+        other = k + np.int64(((state >> np.uint64(32)) * np.uint64(len(order) - k)) >> np.uint64(32))
         order[other], order[k] = order[k], order[other]
     return state
 
 
 @njit(nogil=True)
-def _copy_rows(c, own, at, indptr, indices, values, seen_F, local_F, feature_L, ids, x):
-    """Copies a class's rows next to each other, with features numbered as they come; returns how many there are."""
-    width = 0
+def _copy_rows(c, own, at, indptr, indices, values, place_F, feature_L, ids, x):
+    """Copies a class's rows next to each other, with features numbered as they come; returns how many there are.
+
+    A feature's number stands in the lower half of `place_F`, the class that it holds for in the upper one.
+    """
+    width, mine = 0, np.int64(c) << 32
     for p in range(len(own)):
         start = indptr[own[p]]
+        if p + _PAIRS_AHEAD < len(own):
+            _prefetch_start(indptr[own[p + _PAIRS_AHEAD]], indices, values)
         for j in range(at[p + 1] - at[p]):
             f = indices[start + j]
-            if seen_F[f] != c:
-                seen_F[f], local_F[f], feature_L[width] = c, width, f
+            number = place_F[f] - mine
+            if number < 0 or number > 0xFFFFFFFF:
+                number = width
+                place_F[f], feature_L[width] = mine + width, f
                 width += 1
-            ids[at[p] + j], x[at[p] + j] = local_F[f], values[start + j]
+            ids[at[p] + j], x[at[p] + j] = number, values[start + j]
     return width
 
 
 @njit(nogil=True, fastmath=FUSE)
-def _descend(seed, positive, at, ids, x, w_L, cost, passes, tolerance):
-    """Dual coordinate descent for one class; leaves the weights in `w_L` and returns the bias."""
+def _add_centroid(positive, at, ids, x, w_L, factor):
+    """Adds `factor` times the unit vector along the sum of the true rows to weights that are 0."""
+    for p in range(len(positive)):
+        if positive[p]:
+            for j in range(at[p], at[p + 1]):
+                w_L[ids[j]] += x[j]
+    square = 0.0
+    for i in range(len(w_L)):
+        square += w_L[i] * w_L[i]
+    scale = w_L.dtype.type(factor / np.sqrt(square) if square > 0 else 0.0)
+    for i in range(len(w_L)):
+        w_L[i] *= scale
+
+
+@njit(nogil=True, fastmath=FUSE)
+def _descend(seed, positive, at, ids, x, w_L, origin, cost, passes, tolerance):
+    """Dual coordinate descent for one class from the weights in `w_L`, which it moves; returns the bias."""
     count, kind = len(positive), x.dtype
     ridge = kind.type(0.5 / cost)  # what the squared loss adds to the diagonal of the dual's quadratic form
     alpha_P, square_P, active_P = np.zeros(count, kind), np.empty(count, kind), np.arange(count)
@@ -245,37 +254,37 @@ def _descend(seed, positive, at, ids, x, w_L, cost, passes, tolerance):
         square_P[p] = 1 + ridge  # the bias is a feature of value 1
         for j in range(at[p], at[p + 1]):
             square_P[p] += x[j] * x[j]
-    bias, active = kind.type(0), count
+    bias, active, since = kind.type(origin), count, 0
     state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
-    ceiling = np.inf  # of the gradient of a pair at its bound; those above it are set aside
     for _ in range(passes):
-        highest, lowest, left = -np.inf, np.inf, 0
+        whole = active == count
+        highest, lowest, left = kind.type(-np.inf), kind.type(np.inf), 0
         state = _shuffle(active_P[:active], state)
         for k in range(active):
             p = active_P[k]
             if k + _PAIRS_AHEAD < active:
                 _prefetch_start(at[active_P[k + _PAIRS_AHEAD]], ids, x)
             sign = kind.type(1) if positive[p] else kind.type(-1)
-            gradient = sign * (_sparse_dot(at[p], at[p + 1], ids, x, w_L) + bias) - 1 + alpha_P[p] * ridge
-            if alpha_P[p] == 0 and gradient > ceiling:
+            before = alpha_P[p]
+            gradient = sign * (sparse_dot(at[p], at[p + 1], ids, x, w_L) + bias) - 1 + before * ridge
+            if before == 0 and gradient >= 0:  # right, and it has no part in the weights
+                highest, lowest = max(highest, 0), min(lowest, 0)
                 continue
             active_P[left] = p
             left += 1
-            projected = min(gradient, 0) if alpha_P[p] == 0 else gradient
-            highest, lowest = max(highest, projected), min(lowest, projected)
-            if projected != 0:
-                before = alpha_P[p]
-                alpha_P[p] = max(before - gradient / square_P[p], 0)
-                step = (alpha_P[p] - before) * sign
-                bias += step
-                for j in range(at[p], at[p + 1]):
-                    w_L[ids[j]] += step * x[j]
-        if highest - lowest > tolerance:
-            active, ceiling = left, highest if highest > 0 else np.inf
-        elif left == count:
+            highest, lowest = max(highest, gradient), min(lowest, gradient)
+            alpha_P[p] = max(before - gradient / square_P[p], 0)
+            step = (alpha_P[p] - before) * sign
+            bias += step
+            for j in range(at[p], at[p + 1]):
+                w_L[ids[j]] += step * x[j]
+        done = highest - lowest <= tolerance
+        if whole and done:
             break
-        else:  # look at all pairs again
-            active, ceiling = count, np.inf
+        since = 0 if whole else since + 1
+        active = left
+        if (done or since == _PASSES_BETWEEN) and not whole:
+            active = count
             for p in range(count):
                 active_P[p] = p
     return bias
@@ -290,7 +299,7 @@ def _prefetch_start(start, ids, x):
 
 
 @njit(nogil=True, fastmath=FUSE)
-def _sparse_dot(start, stop, ids, x, w):
+def sparse_dot(start, stop, ids, x, w):
     """``sum_j x[j] * w[ids[j]]``: four sums, so that additions do not wait for each other; always in this order."""
     a = b = c = d = x.dtype.type(0)
     whole = start + (stop - start) // 4 * 4
@@ -302,54 +311,3 @@ def _sparse_dot(start, stop, ids, x, w):
     for j in range(whole, stop):
         a += x[j] * w[ids[j]]
     return (a + b) + (c + d)
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _score_rows(
-    class_indptr,
-    features,
-    weights,
-    bias_C,
-    indptr,
-    indices,
-    values,
-    num_features,
-    candidates_NA,
-    chunks,
-    out_NA,
-):
-    num_rows = len(candidates_NA)
-    for chunk in prange(chunks):
-        x_F = np.zeros(num_features, values.dtype)
-        for n in range(num_rows * chunk // chunks, num_rows * (chunk + 1) // chunks):
-            row = slice(indptr[n], indptr[n + 1])
-            ids, x = indices[row], values[row]
-            for j in range(len(ids)):
-                x_F[ids[j]] = x[j]
-            for a in range(candidates_NA.shape[1]):
-                c = candidates_NA[n, a]
-                if c < 0:
-                    out_NA[n, a] = -np.inf
-                    continue
-                start, stop = class_indptr[c], class_indptr[c + 1]
-                if len(ids) * _SEARCH_COST * np.log2(stop - start + 1) < stop - start:
-                    out_NA[n, a] = bias_C[c] + _looked_up(ids, x, features[start:stop], weights[start:stop])
-                else:
-                    out_NA[n, a] = bias_C[c] + _sparse_dot(start, stop, features, weights, x_F)
-            for j in range(len(ids)):
-                x_F[ids[j]] = 0
-
-
-@njit(nogil=True, fastmath=FUSE)
-def _looked_up(ids, x, features, weights):
-    """``sum_j x[j] * w[ids[j]]`` with the weights of a class found by bisection."""
-    total = x.dtype.type(0)
-    for j in range(len(ids)):
-        low, size = 0, len(features)
-        while size > 1:  # the last feature that is not above ids[j] is among `size` from `low`
-            half = size >> 1
-            low += half if features[low + half] <= ids[j] else 0
-            size -= half
-        if features[low] == ids[j]:
-            total += x[j] * weights[low]
-    return total
