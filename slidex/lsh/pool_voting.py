@@ -144,8 +144,26 @@ def _settle_span(votes_S, start, touched, votes, first, count, histogram_V):
         votes_S[slot] = 0
 
 
+@numba.njit(cache=True, nogil=True)
+def _vote_range(buckets, wanted_R3, key, low, high, touched, votes, histogram_V):
+    """One thread's part of `pool_votes`, the classes in ``[low, high)``; returns how many have votes."""
+    reservoirs = buckets.overflow == _RESERVOIR
+    sampled = np.empty(_hashed_entries(buckets, wanted_R3) if reservoirs else 0, dtype=np.int32)
+    pieces_P3 = _hashed_pieces(buckets, wanted_R3, key, low, high, sampled)
+    inserted_P3 = _inserted_pieces(buckets, wanted_R3, low, high)
+    ids = sampled if reservoirs else buckets.ids.reshape(-1)
+    votes_S = np.zeros(min(SPAN, high - low), dtype=np.int32)
+    count = np.int64(0)
+    for start in range(low, high, SPAN):
+        first, end = count, min(start + SPAN, high)
+        count = _vote_span(ids, pieces_P3, start, end, votes_S, touched, count)
+        count = _vote_span(buckets.inserted_ids, inserted_P3, start, end, votes_S, touched, count)
+        _settle_span(votes_S, start, touched, votes, first, count, histogram_V)
+    return count
+
+
 @numba.njit(cache=True, nogil=True, parallel=True)
-def pool_votes(buckets, wanted_R3, key, most, touched_TE, votes_TE):
+def pool_votes(buckets, wanted_R3, key, touched_TE, votes_TE, counts_T, histogram_TV):
     """Votes of a whole batch, each thread counting its own range of classes: no atomics.
 
     A bucket wanted by several queries is read once and its classes get that many votes.
@@ -154,32 +172,17 @@ def pool_votes(buckets, wanted_R3, key, most, touched_TE, votes_TE):
         buckets: `slidex.lsh.reading.Buckets`.
         wanted_R3: int64 (R, 3), from `distinct_buckets`.
         key: uint64; places the windows of overfull buckets.
-        most: No class can get more votes.
         touched_TE: int32 (T, E), receives each thread's classes that have votes; E is above C / T + 1.
         votes_TE: int32 (T, E), receives their votes.
-
-    Returns:
-        int64 (T,), how many classes each thread touched; and int64 (T, most + 1), how many of these have each number of
-        votes.
+        counts_T: int64 (T,), receives how many classes each thread touched.
+        histogram_TV: int64 (T, V), zeros; receives how many of these have each number of votes, V above the most.
     """
-    threads, num_classes = touched_TE.shape[0], buckets.ids.shape[1]
-    counts_T = np.zeros(threads, dtype=np.int64)
-    histogram_TV = np.zeros((threads, most + 1), dtype=np.int64)
-    hashed, reservoirs = buckets.ids.reshape(-1), buckets.overflow == _RESERVOIR
+    threads, num_classes = len(counts_T), buckets.ids.shape[1]
     for chunk in numba.prange(threads):
         low, high = num_classes * chunk // threads, num_classes * (chunk + 1) // threads
-        sampled = np.empty(_hashed_entries(buckets, wanted_R3) if reservoirs else 0, dtype=np.int32)
-        pieces = _hashed_pieces(buckets, wanted_R3, key, low, high, sampled)
-        inserted = _inserted_pieces(buckets, wanted_R3, low, high)
-        votes_S = np.zeros(min(SPAN, high - low), dtype=np.int32)
-        touched, count = touched_TE[chunk], np.int64(0)
-        for start in range(low, high, SPAN):
-            first, end = count, min(start + SPAN, high)
-            count = _vote_span(sampled if reservoirs else hashed, pieces, start, end, votes_S, touched, count)
-            count = _vote_span(buckets.inserted_ids, inserted, start, end, votes_S, touched, count)
-            _settle_span(votes_S, start, touched, votes_TE[chunk], first, count, histogram_TV[chunk])
-        counts_T[chunk] = count
-    return counts_T, histogram_TV
+        counts_T[chunk] = _vote_range(
+            buckets, wanted_R3, key, low, high, touched_TE[chunk], votes_TE[chunk], histogram_TV[chunk]
+        )
 
 
 @numba.njit(cache=True, nogil=True)

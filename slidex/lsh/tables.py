@@ -164,9 +164,12 @@ class BucketTables:
             self._pool_2TE = np.empty((2, threads, num_classes // threads + 2), dtype=np.int32)
         touched_TE, votes_TE = self._pool_2TE
         most = codes_LM.size * (2 if self.inserted.most else 1)
-        counts_T, histogram_TV = pool_voting.pool_votes(
-            buckets, pool_voting.distinct_buckets(codes_LM), key, most, touched_TE, votes_TE
+        counts_T, histogram_TV = (
+            np.zeros(threads, dtype=np.int64),
+            np.zeros((threads, most + 1), dtype=np.int64),
         )
+        wanted_R3 = pool_voting.distinct_buckets(codes_LM)
+        pool_voting.pool_votes(buckets, wanted_R3, key, touched_TE, votes_TE, counts_T, histogram_TV)
         above, level = pool_voting.take_most_voted(
             touched_TE, votes_TE, counts_T, histogram_TV.sum(axis=0), budget, self._min_votes
         )
