@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from slidex.lsh import voting
+from slidex.lsh import pool_voting, voting
 from slidex.lsh.first_come import pool_first_come, query_first_come
 from slidex.lsh.insertion import InsertedLabels
 from slidex.lsh.merge import BLOCK, merge_table
@@ -91,13 +91,13 @@ class BucketTables:
         self._limit = settings.limit(num_classes)
         self._overflow = OVERFLOWS.index(settings.overflow)
         self._votes_TC: np.ndarray = np.zeros((0, 0), dtype=np.uint8)
-        self._pool_votes_C = np.zeros(0, dtype=np.int32)
-        self._touched_C = np.zeros(0, dtype=np.int32)
+        self._pool_seen_C = np.zeros(0, dtype=np.uint8)
+        self._pool_2TE = np.zeros((2, 0, 0), dtype=np.int32)
 
     @property
     def bytes(self) -> int:
         """Memory held, scratch included."""
-        scratch = self._votes_TC.nbytes + self._pool_votes_C.nbytes + self._touched_C.nbytes
+        scratch = self._votes_TC.nbytes + self._pool_seen_C.nbytes + self._pool_2TE.nbytes
         return self.offsets.nbytes + self.ids.nbytes + self.codes.nbytes + self.inserted.bytes + scratch
 
     def build(self, codes_LC: np.ndarray) -> None:
@@ -150,22 +150,28 @@ class BucketTables:
         `min_votes` applies to the sum over the queries. Arguments as for `query`.
         """
         num_classes = self.ids.shape[1]
-        if len(self._pool_votes_C) == 0:
-            self._pool_votes_C = np.zeros(num_classes, dtype=np.int32)
         buckets, key = self._buckets(), np.uint64(voting.mix_ids(np.array([step]), self._seed)[0])
         if self._first_come:
+            if len(self._pool_seen_C) == 0:
+                self._pool_seen_C = np.zeros(num_classes, dtype=np.uint8)
             ids = np.empty(min(budget, num_classes), dtype=np.int64)
-            found = pool_first_come(buckets, codes_NLV, key, self._pool_votes_C, ids)
+            found = pool_first_come(buckets, codes_NLV, key, self._pool_seen_C, ids)
             return np.sort(ids[:found])
         codes_LM = np.ascontiguousarray(codes_NLV.transpose(1, 0, 2)).reshape(len(self.ids), -1)
-        counts_T = np.zeros(numba.get_num_threads(), dtype=np.int64)
-        if len(self._touched_C) != num_classes + len(counts_T):
-            self._touched_C = np.empty(num_classes + len(counts_T), dtype=np.int32)
         codes_LM.sort(axis=1)
-        voting.pool_votes(buckets, codes_LM, key, self._pool_votes_C, self._touched_C, counts_T)
+        threads = numba.get_num_threads()
+        if self._pool_2TE.shape[1] != threads:
+            self._pool_2TE = np.empty((2, threads, num_classes // threads + 2), dtype=np.int32)
+        touched_TE, votes_TE = self._pool_2TE
         most = codes_LM.size * (2 if self.inserted.most else 1)
-        above, level = voting.take_most_voted(
-            self._pool_votes_C, self._touched_C, counts_T, most, budget, self._min_votes
+        counts_T, histogram_TV = (
+            np.zeros(threads, dtype=np.int64),
+            np.zeros((threads, most + 1), dtype=np.int64),
+        )
+        wanted_R3 = pool_voting.distinct_buckets(codes_LM)
+        pool_voting.pool_votes(buckets, wanted_R3, key, touched_TE, votes_TE, counts_T, histogram_TV)
+        above, level = pool_voting.take_most_voted(
+            touched_TE, votes_TE, counts_T, histogram_TV.sum(axis=0), budget, self._min_votes
         )
         wanted = min(budget - len(above), len(level))
         if wanted < len(level):  # those of the smallest hash with the key: a fair draw; NumPy's partition, as

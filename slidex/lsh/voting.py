@@ -15,7 +15,6 @@ import numba
 import numpy as np
 
 from slidex.lsh.reading import (
-    bucket_key,
     has_inserted,
     mix,
     prefetch_bucket,
@@ -203,101 +202,3 @@ def query_capacity(buckets, codes_NLV):
                     total += len(read_inserted(buckets, t, bucket))
         largest = max(largest, total)
     return largest
-
-
-@numba.njit(cache=True, nogil=True)
-def _vote_range(ids, low, high, weight, votes, touched, count):
-    """`weight` votes for each of the ascending `ids` in ``[low, high)``; free of branches, as `_vote_run`."""
-    first = 0 if low == 0 else np.searchsorted(ids, low)
-    last = len(ids) if high == len(votes) else np.searchsorted(ids, high)
-    for i in range(first, last):
-        c = np.uint32(ids[np.uint64(i)])
-        seen = votes[c]
-        touched[np.uint64(count)] = c
-        count += seen == 0
-        votes[c] = seen + weight
-    return count
-
-
-@numba.njit(cache=True, nogil=True)
-def _touched_from(num_classes, chunk, threads):
-    """Where a thread's touched classes begin: with one entry between threads that is written but never kept."""
-    return num_classes * chunk // threads + chunk
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def pool_votes(buckets, codes_LM, key, votes, touched, counts_T):
-    """Votes of a whole batch, each thread counting its own range of classes: no atomics.
-
-    A bucket wanted by several queries is read once and its classes get that many votes.
-
-    Args:
-        buckets: `slidex.lsh.reading.Buckets`.
-        codes_LM: int32 (L, M), all codes looked up in each table, ascending.
-        key: uint64; places the windows of overfull buckets.
-        votes: int32 (C,), zeros; receives the votes.
-        touched: int32 (C + T,); receives the classes that have votes, for `take_most_voted`.
-        counts_T: int64 (T,), receives how many classes each thread touched.
-    """
-    threads, num_classes, num_codes = len(counts_T), len(votes), codes_LM.shape[1]
-    for chunk in numba.prange(threads):
-        scratch = np.empty(scratch_size(buckets), dtype=np.int32)
-        low, high = num_classes * chunk // threads, num_classes * (chunk + 1) // threads
-        own = touched[_touched_from(num_classes, chunk, threads) :]
-        count = 0
-        for t in range(codes_LM.shape[0]):
-            codes = codes_LM[t]
-            i = 0
-            while i < num_codes:
-                bucket, run = codes[i], i
-                while i < num_codes and codes[i] == bucket:
-                    i += 1
-                ids, start, take = read_bucket(buckets, t, bucket, bucket_key(key, t, bucket), scratch)
-                tail = min(take, len(ids) - start)
-                count = _vote_range(ids[start : start + tail], low, high, i - run, votes, own, count)
-                count = _vote_range(ids[: take - tail], low, high, i - run, votes, own, count)
-                if has_inserted(buckets):
-                    inserted = read_inserted(buckets, t, bucket)
-                    count = _vote_range(inserted, low, high, i - run, votes, own, count)
-        counts_T[chunk] = count
-
-
-@numba.njit(cache=True, nogil=True)
-def take_most_voted(votes, touched, counts_T, most, budget, min_votes):
-    """Takes the best of what `pool_votes` counted and sets all votes back to zero.
-
-    Args:
-        votes: int32 (C,).
-        touched: int32 (C + T,).
-        counts_T: int64 (T,).
-        most: No class has more votes.
-        budget: At most so many classes.
-        min_votes: Classes with fewer votes are left out; at least 1.
-
-    Returns:
-        int64 ids of the classes above the cut, fewer than the budget unless all are wanted, and int64 ids of those at
-        the cut, of whom the rest of the budget is to be drawn.
-    """
-    num_classes, threads = len(votes), len(counts_T)
-    histogram = np.zeros(most + 1, dtype=np.int64)
-    for chunk in range(threads):
-        first = _touched_from(num_classes, chunk, threads)
-        for i in range(first, first + counts_T[chunk]):
-            histogram[votes[np.uint32(touched[np.uint64(i)])]] += 1
-    above, cut = np.int64(0), most  # so many classes have more than `cut` votes
-    while cut >= min_votes and above + histogram[cut] <= budget:
-        above += histogram[cut]
-        cut -= 1
-    equal = histogram[cut] if cut >= min_votes else 0
-    chosen, level = np.empty(above + 1, dtype=np.int64), np.empty(equal + 1, dtype=np.int64)
-    taken = ties = 0
-    for chunk in range(threads):
-        first = _touched_from(num_classes, chunk, threads)
-        for i in range(first, first + counts_T[chunk]):
-            c = np.uint32(touched[np.uint64(i)])
-            chosen[np.uint64(taken)] = c
-            level[np.uint64(ties)] = c
-            taken += votes[c] > cut
-            ties += votes[c] == cut and equal > 0
-            votes[c] = 0
-    return chosen[:taken].copy(), level[:ties].copy()
