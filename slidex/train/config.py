@@ -172,7 +172,7 @@ class TrainConfig(SamplingSettings):
         return {**dataclasses.asdict(self), "dense_widths": list(self.dense_widths)}
 
 
-_RANKER: dict[str, Any] = {"ranker_candidates": 20, "ranker_centroids": 50, "ranker_tail": 2.0}
+_RANKER: dict[str, Any] = {"ranker_candidates": 40, "ranker_centroids": 50}
 _ACCURATE: dict[str, Any] = {
     "hidden_width": 512,
     "mode": "shared",
@@ -183,9 +183,10 @@ _ACCURATE: dict[str, Any] = {
     "learning_rate": 7e-3,
     "epochs": 12,
     **_RANKER,
+    "ranker_tail": 1.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"epochs": 3, **_RANKER},
+    "fast": {"epochs": 2, **_RANKER, "ranker_tail": 2.0},
     "accurate": _ACCURATE,
     "tail": {**_ACCURATE, "ranker_tail": 4.0},
     "slide": {

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 EXACT_CLASSES = 1 << 13
 """Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
-TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 16
+TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
-FITTED, FITTED_CENTROIDS = 3, 6
+FITTED, FITTED_CENTROIDS = 2, 6
 """A class is fitted on the rows that have it among so many times as many of the network's classes, and of the nearest
 centroids, as are ranked: what looks like a class without being it is what to learn from."""
 CENTROID, ORIGIN, TOLERANCE = 2.0, -1.0, 0.5

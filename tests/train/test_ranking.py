@@ -74,7 +74,7 @@ def test_the_ranker_finds_what_a_narrow_network_cannot(run, data, tmp_path):
 
 def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data):
     split, network = data.split("train"), run.network()
-    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 3 * 20)])
+    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 2 * 20)])
     pairs = class_pairs(split.y, ids_NA.int().numpy())
     kept = load_ranker(run.path)
     assert (kept.rows, kept.pairs) == (1500, len(pairs.rows))
@@ -137,7 +137,7 @@ def test_fitted_rows_are_those_of_network_and_centroids(data, tmp_path):
     search = centroid_search(x, split.y, 6 * 5)
     for name in ("indptr", "classes", "values"):
         assert torch.equal(getattr(kept.centroids, name), getattr(search.centroids, name))
-    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 3 * 4)])
+    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 2 * 4)])
     both_NA = torch.cat([ids_NA, search.beside(x, ids_NA)], 1)
     assert kept.pairs == len(class_pairs(split.y, both_NA.int().numpy()).rows)
     assert run.model().ranker.search.count == 5
