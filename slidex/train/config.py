@@ -76,7 +76,7 @@ class TrainConfig(SamplingSettings):
         low=0,
     )
     ranker_weight: float = setting(
-        10.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
+        8.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
     ranker_floor: float = setting(
         6.0,
