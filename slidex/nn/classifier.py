@@ -243,6 +243,8 @@ class Classifier:
     def scores(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
         """What `topk` would give the classes: float32 (N, A), -inf at pads.
 
+        An index that misses a row's best class may give a ranker's scores another floor.
+
         Args:
             x: N rows of features.
             ids_NA: int64, padded with -1.

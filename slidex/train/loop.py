@@ -114,6 +114,7 @@ def fit(
         trainer = Trainer(dataset, config, tell, ranks)
         run = run or Run(Path(out), ranks.on_main(lambda: Run.create(out, config, dataset).meta))
         trainer.fit(run, resume=resume)
+        del trainer  # with the optimizer's state: the ranker needs the memory
         if config.ranker_candidates and ranks.main:  # nobody waits for it
             fit_ranker(run, dataset, tell)
         return run
