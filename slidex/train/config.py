@@ -176,7 +176,7 @@ _RANKER: dict[str, Any] = {"ranker_candidates": 40, "ranker_centroids": 50}
 _ACCURATE: dict[str, Any] = {
     "hidden_width": 512,
     "mode": "shared",
-    "pool_size": 1024,
+    "pool_size": 2048,
     "loss": "logistic",
     "input_dropout": 0.3,
     "batch_size": 256,
