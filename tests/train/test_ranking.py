@@ -16,8 +16,9 @@ from slidex.cli.inspect import run_facts
 from slidex.cli.training_display import TrainingDisplay
 from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
+from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
-from slidex.nn.ranker import centroid_search, class_pairs
+from slidex.nn.ranker import centroid_search, class_pairs, row_tensors
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
 from slidex.train.kept_ranker import load_ranker
@@ -79,7 +80,11 @@ def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data)
     kept = load_ranker(run.path)
     assert (kept.rows, kept.pairs) == (1500, len(pairs.rows))
     assert kept.step == run.checkpoint().step
-    assert float(kept.weights.values.abs().min()) >= 0.1
+    arguments = *pairs, *row_tensors(split.x.take(np.arange(1500)).unit_rows()), data.num_features
+    numbers = {"cost": 1.0, "centroid": 2.0, "origin": -1.0, "tolerance": 0.5, "threshold": 0.1}
+    want = linear_fit(*arguments, **numbers)
+    for name in ("indptr", "features", "values", "bias"):
+        assert torch.equal(getattr(kept.weights, name), getattr(want, name))
 
 
 def test_every_setting_changes_the_ranking(run, data, tmp_path):
