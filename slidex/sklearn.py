@@ -39,7 +39,7 @@ NOT_SETTINGS = {
     "keep_last": "an estimator keeps one state",
     **{
         f"ranker_{name}": "decision_function scores all classes, and a ranker only some"
-        for name in ("candidates", "centroids", "min_rows", "weight", "floor", "tail", "cost", "threshold")
+        for name in ("candidates", "neighbors", "min_rows", "weight", "floor", "tail", "cost", "threshold")
     },
 }
 """Settings of `slidex.TrainConfig` that an estimator does not take, and why."""

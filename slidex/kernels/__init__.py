@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from slidex.errors import ConfigError
-from slidex.kernels.centroids import Centroids
 from slidex.kernels.cuda.environment import require_device
+from slidex.kernels.inverted_index import InvertedIndex
 from slidex.kernels.linear_weights import LinearWeights
 from slidex.kernels.optimizer import OPTIMIZERS, RowState, StepSettings
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["OPTIMIZERS", "Centroids", "LinearWeights", "RowState", "StepSettings", "get"]
+__all__ = ["OPTIMIZERS", "InvertedIndex", "LinearWeights", "RowState", "StepSettings", "get"]
 
 _MODULES = {name: f"slidex.kernels.{name}" for name in ("cpu", "cuda", "reference")}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slidex.kernels.centroids import Centroids
+from slidex.kernels.inverted_index import InvertedIndex
 from slidex.kernels.linear_weights import LinearWeights
 from slidex.kernels.rounding import stochastic_round
 
@@ -176,7 +176,7 @@ def linear_fit(
     values: Tensor,
     num_features: int,
     *,
-    cost: float,
+    cost: float | Tensor,
     centroid: float = 0.0,
     origin: float = 0.0,
     threshold: float = 0.0,
@@ -188,6 +188,7 @@ def linear_fit(
     x_NF[_rows(indptr), indices.long()], x_NF[:, -1] = values, 1
     w_CF = values.new_zeros(len(class_indptr) - 1, num_features + 1)
     w_CF[class_indptr.diff() == 0, -1] = -1
+    cost_C = cost if torch.is_tensor(cost) else values.new_full((len(w_CF),), cost)
     for c, (first, last) in enumerate(
         zip(class_indptr[:-1].tolist(), class_indptr[1:].tolist(), strict=True)
     ):
@@ -196,9 +197,12 @@ def linear_fit(
         w0_F = torch.cat([centroid * m_F, values.new_tensor([origin])])
         for _ in range(passes if last > first else 0):
             inside = y_P * (x_PF @ w_CF[c]) < 1
-            form = torch.eye(num_features + 1, dtype=values.dtype) + 2 * cost * x_PF[inside].T @ x_PF[inside]
+            form = (
+                torch.eye(num_features + 1, dtype=values.dtype)
+                + 2 * cost_C[c] * x_PF[inside].T @ x_PF[inside]
+            )
             before = w_CF[c].clone()
-            w_CF[c] = torch.linalg.solve(form, w0_F + 2 * cost * x_PF[inside].T @ y_P[inside])
+            w_CF[c] = torch.linalg.solve(form, w0_F + 2 * cost_C[c] * x_PF[inside].T @ y_P[inside])
             if (w_CF[c] - before).abs().max() <= tolerance:
                 break
     kept = (w_CF[:, :-1] != 0) & (w_CF[:, :-1].abs() >= threshold)
@@ -221,46 +225,62 @@ def linear_scores(
     return scores_NA.masked_fill(candidates_NA < 0, -torch.inf)
 
 
-def class_centroids(
-    class_indptr: Tensor,
-    rows: Tensor,
+def inverted_index(
+    indptr: Tensor, indices: Tensor, values: Tensor, num_features: int, *, longest: int
+) -> InvertedIndex:
+    """Of every feature the rows with the `longest` largest values."""
+    x_NF = values.new_zeros(len(indptr) - 1, num_features)
+    has_NF = torch.zeros_like(x_NF, dtype=torch.bool)
+    x_NF[_rows(indptr), indices.long()] = values
+    has_NF[_rows(indptr), indices.long()] = True
+    size_NF = x_NF.abs().masked_fill(~has_NF, -1)
+    rank_NF = size_NF.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    kept_FN = (has_NF & (rank_NF < longest)).T
+    ends = torch.nn.functional.pad(kept_FN.sum(1).cumsum(0), (1, 0))
+    return InvertedIndex(ends, kept_FN.nonzero()[:, 1].int(), x_NF.T[kept_FN], len(x_NF))
+
+
+def nearest_rows(
+    index: InvertedIndex,
     indptr: Tensor,
     indices: Tensor,
     values: Tensor,
-    num_features: int,
+    k: int,
     *,
-    keep: int,
-    longest: int,
-) -> Centroids:
-    """Of ``s / |s|`` with ``s = sum_p x[rows[p]]`` the `keep` largest components, then `longest` of each feature."""
-    x_NF = values.new_zeros(len(indptr) - 1, num_features)
-    x_NF[_rows(indptr), indices.long()] = values
-    mean_CF = values.new_zeros(len(class_indptr) - 1, num_features)
-    mean_CF.index_add_(0, _rows(class_indptr), x_NF[rows.long()])
-    mean_CF = torch.nn.functional.normalize(mean_CF, eps=1e-30)
-    for dim, most in ((1, keep), (0, longest)):
-        rank_CF = mean_CF.abs().argsort(dim=dim, descending=True, stable=True).argsort(dim=dim)
-        mean_CF = mean_CF.masked_fill(rank_CF >= most, 0)
-    kept_FC = (mean_CF != 0).T
-    ends = torch.nn.functional.pad(kept_FC.sum(1).cumsum(0), (1, 0))
-    return Centroids(ends, kept_FC.nonzero()[:, 1].int(), mean_CF.T[kept_FC], len(mean_CF))
-
-
-def nearest_centroids(
-    centroids: Centroids, indptr: Tensor, indices: Tensor, values: Tensor, k: int, *, share: float = 1.0
-) -> Tensor:
-    """The k classes of largest ``x[n] . centroid[c]``, of those above 0, by the largest values of x; -1 for none."""
-    mean_FC = values.new_zeros(centroids.num_features, centroids.num_classes)
-    mean_FC[_rows(centroids.indptr), centroids.classes.long()] = centroids.values
-    x_NF = values.new_zeros(len(indptr) - 1, centroids.num_features)
-    for n, (first, last) in enumerate(zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)):
+    share: float = 1.0,
+    own_Q: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k rows of largest ``x[q] . index[n]``, of those above 0, by the largest values of x; -1 for none."""
+    kept_FN = values.new_zeros(index.num_features, index.num_rows)
+    kept_FN[_rows(index.indptr), index.rows.long()] = index.values
+    x_QF = values.new_zeros(len(indptr) - 1, index.num_features)
+    for q, (first, last) in enumerate(zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)):
         order = values[first:last].abs().argsort(descending=True, stable=True)
         square = values[first:last][order].double().square()
         order = order[square.cumsum(0) - square < share * square.sum()]
-        x_NF[n, indices[first:last][order].long()] = values[first:last][order]
-    best_NC, ids_NC = (x_NF @ mean_FC).sort(dim=1, descending=True, stable=True)
-    ids_NK = ids_NC.masked_fill(best_NC <= 0, -1)[:, :k]
-    return torch.nn.functional.pad(ids_NK, (0, k - ids_NK.shape[1]), value=-1)
+        x_QF[q, indices[first:last][order].long()] = values[first:last][order]
+    products_QN = x_QF @ kept_FN
+    if own_Q is not None:
+        products_QN[torch.arange(len(own_Q))[own_Q >= 0], own_Q[own_Q >= 0]] = 0
+    return _best_above_0(products_QN, k)
+
+
+def neighbor_classes(
+    near_QK: Tensor, weights_QK: Tensor, label_indptr: Tensor, labels: Tensor, num_classes: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """The classes of largest ``sum_k weights[q, k] * [c is a class of near[q, k]]``, of those above 0."""
+    true_NC = weights_QK.new_zeros(len(label_indptr) - 1, num_classes)
+    true_NC[_rows(label_indptr), labels.long()] = 1
+    weight_QN = weights_QK.new_zeros(len(near_QK), len(true_NC) + 1)  # the last is for pads
+    weight_QN.scatter_add_(1, near_QK.long().where(near_QK >= 0, len(true_NC)), weights_QK)
+    return _best_above_0(weight_QN[:, :-1] @ true_NC, count)
+
+
+def _best_above_0(score_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best_QN, ids_QN = score_QN.sort(dim=1, descending=True, stable=True)
+    ids_QN, missing = ids_QN.masked_fill(best_QN <= 0, -1)[:, :k], max(0, k - score_QN.shape[1])
+    pad = torch.nn.functional.pad
+    return pad(ids_QN, (0, missing), value=-1), pad(best_QN[:, :k].clamp(min=0), (0, missing))
 
 
 def _rows(indptr: Tensor) -> Tensor:

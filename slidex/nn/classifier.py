@@ -201,13 +201,9 @@ class Classifier:
                 log_total_N = None if found[2] is None else found[2].cpu()
                 best = logits_NK, ids_NK, logits_NK
                 if self.ranker is not None:
-                    if self.ranker.search is not None:
-                        more_NB = self.ranker.search.beside(rows, ids_NK)
-                        logits_NB = self.head.logits(hidden_ND, more_NB.to(hidden_ND.device)).cpu()
-                        logits_NK, ids_NK = (
-                            torch.cat([logits_NK, logits_NB], 1),
-                            torch.cat([ids_NK, more_NB], 1),
-                        )
+                    more_NB = self.ranker.beside(rows, ids_NK)
+                    logits_NB = self.head.logits(hidden_ND, more_NB.to(hidden_ND.device)).cpu()
+                    logits_NK, ids_NK = torch.cat([logits_NK, logits_NB], 1), torch.cat([ids_NK, more_NB], 1)
                     best = self.ranker.rank(rows, logits_NK, ids_NK, k)
             yield Ranked(*best, log_total_N)
 

@@ -4,9 +4,9 @@ A network of one hidden layer cannot keep what each of some hundred thousand fea
 classifier for every class can, but to score them all is slow. So the network proposes classes, and linear classifiers,
 each fitted on just the rows that its class was proposed for, judge beside it (the "matcher" and "ranker" of PECOS, Yu
 et al., JMLR 2022). A network learns next to nothing of a class with a few rows; those are proposed by the features
-themselves, as the nearest centroids of classes.
+themselves, as classes of the training rows most like a row.
 
-Legend: N rows, C classes, F features, A and B candidates per row, P pairs of class and row.
+Legend: N rows, C classes, F features, A and B candidates per row, K neighbours, P pairs of class and row.
 """
 
 from __future__ import annotations
@@ -19,42 +19,65 @@ import numba
 import numpy as np
 import torch
 
-from slidex.kernels.cpu import class_centroids, linear_scores, nearest_centroids
+from slidex.kernels.cpu import inverted_index, linear_scores, nearest_rows, neighbor_classes
 
 if TYPE_CHECKING:
     from slidex.data import CsrArrays
-    from slidex.kernels import Centroids, LinearWeights
+    from slidex.kernels import InvertedIndex, LinearWeights
 
-COMPONENTS, CHAMPIONS = 32, 1_000
-"""Components that are kept of a class's centroid, and then of each feature."""
-MIN_KNOWN = 1 << 10
-"""Where fewer classes have enough rows for the network to know them, it proposes from all."""
+NEIGHBORS, POWER = 50, 4
+"""Training rows that vote for their classes, each with this power of its cosine."""
+LONGEST = 1_000
+"""Training rows that are kept of a feature."""
 SHARE = 0.8
 """Of a row's squared values: what is left out finds frequent classes, and those are the network's."""
+MIN_KNOWN = 1 << 10
+"""Where fewer classes have enough rows for the network to know them, it proposes from all."""
 
 
 @dataclass(frozen=True, slots=True)
-class CentroidSearch:
-    """Proposes the classes whose training rows look most like a row.
+class NeighborSearch:
+    """Proposes the classes of the training rows that look most like a row.
 
     Args:
-        centroids: Of C classes over the F input features.
-        count: Classes to propose for a row.
+        index: Of N training rows of unit L2 norm over the F input features.
+        label_indptr: int64 (N + 1,), the true classes of the training rows.
+        labels: int32 (nnz,), in [0, C).
+        num_classes: C.
+
+    Raises:
+        ConfigError: The labels are not those of so many rows and classes.
     """
 
-    centroids: Centroids
-    count: int
+    index: InvertedIndex
+    label_indptr: torch.Tensor
+    labels: torch.Tensor
+    num_classes: int
 
-    def beside(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
-        """The classes of the nearest centroids, but for those a row has already: int64 (N, B), padded with -1.
+    def __post_init__(self) -> None:
+        nothing = torch.empty(0, 1, dtype=torch.int64)
+        self._classes(nothing, torch.empty(0, 1), 1)
+
+    def classes(self, x: CsrArrays, count: int, own_N: torch.Tensor | None = None) -> torch.Tensor:
+        """The classes with the most votes of a row's neighbours, best first: int64 (N, count), padded with -1.
 
         Args:
             x: N rows of features.
-            ids_NA: int64, classes that the rows have, padded with -1.
+            count: Classes for each.
+            own_N: int64, the training row that each row is, which is no neighbour of its own; None for none.
         """
-        found_NB = nearest_centroids(self.centroids, *row_tensors(x.unit_rows()), self.count, share=SHARE)
-        _leave_out(ids_NA.numpy(), found_NB.numpy())
-        return found_NB
+        rows = row_tensors(x.unit_rows())
+        near_NK, cosine_NK = nearest_rows(self.index, *rows, NEIGHBORS, share=SHARE, own_Q=own_N)
+        return self._classes(near_NK, cosine_NK**POWER, count)
+
+    def _classes(self, near_NK: torch.Tensor, weights_NK: torch.Tensor, count: int) -> torch.Tensor:
+        arrays = self.label_indptr, self.labels, self.num_classes
+        return neighbor_classes(near_NK, weights_NK, *arrays, count)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.index.nbytes + self.label_indptr.nbytes + self.labels.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +93,9 @@ class LinearRanker:
         factor: Of the linear score, which is around 1 for true classes and -1 for others; the logit counts 1.
         floor: Logits count as at least the row's best one less this.
         prior_C: float32, added to every score of a class; None for nothing.
-        search: Proposes more classes; None leaves those of the network.
         known_M: int64, the classes that the network is to propose from; None for all.
+        search: Proposes more classes; None leaves those of the network.
+        proposed: How many.
     """
 
     weights: LinearWeights
@@ -79,8 +103,20 @@ class LinearRanker:
     factor: float
     floor: float = math.inf
     prior_C: torch.Tensor | None = None
-    search: CentroidSearch | None = None
     known_M: torch.Tensor | None = None
+    search: NeighborSearch | None = None
+    proposed: int = 0
+
+    def beside(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
+        """The classes that neighbours propose and the row does not have yet: int64 (N, B), padded with -1.
+
+        Args:
+            x: N rows of features.
+            ids_NA: int64, classes that the rows have, padded with -1.
+        """
+        if self.search is None:
+            return ids_NA.new_empty(len(ids_NA), 0)
+        return without(self.search.classes(x, self.proposed), ids_NA)
 
     def scores(
         self, x: CsrArrays, logits_NA: torch.Tensor, ids_NA: torch.Tensor, best_N: torch.Tensor
@@ -112,20 +148,25 @@ class LinearRanker:
 
 def row_tensors(x: CsrArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Offsets, features and values of rows that have values, as kernels take them."""
-    return torch.from_numpy(x.indptr), torch.from_numpy(x.indices), torch.from_numpy(x.values)
+    return _tensor(x.indptr), _tensor(x.indices), _tensor(x.values)
 
 
-def centroid_search(x: CsrArrays, labels: CsrArrays, count: int) -> CentroidSearch:
-    """A search over the centroids of classes in these rows.
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """The same memory, but a copy of an array that is only to be read, as of a mapped file: torch warns of those."""
+    return torch.from_numpy(np.require(array, requirements="W"))
 
-    Args:
-        x: N rows of features.
-        labels: Their true classes.
-        count: Classes to propose for a row.
-    """
-    own = class_pairs(labels, np.empty((labels.num_rows, 0), dtype=np.int32))
-    arrays = own.indptr, own.rows, *row_tensors(x.unit_rows()), x.num_columns
-    return CentroidSearch(class_centroids(*arrays, keep=COMPONENTS, longest=CHAMPIONS), count)
+
+def neighbor_search(x: CsrArrays, labels: CsrArrays) -> NeighborSearch:
+    """A search over these training rows and their true classes."""
+    index = inverted_index(*row_tensors(x.unit_rows()), x.num_columns, longest=LONGEST)
+    return NeighborSearch(index, _tensor(labels.indptr), _tensor(labels.indices), labels.num_columns)
+
+
+def without(found_NB: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:
+    """The classes found, with -1 for each that the row has in `ids_NA`."""
+    left_NB = found_NB.clone()
+    _leave_out(ids_NA.numpy(), left_NB.numpy())
+    return left_NB
 
 
 def known_classes(class_counts: np.ndarray, min_rows: int) -> torch.Tensor | None:

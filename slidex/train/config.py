@@ -62,16 +62,16 @@ class TrainConfig(SamplingSettings):
         low=0,
         high=4096,
     )
-    ranker_centroids: int = setting(
+    ranker_neighbors: int = setting(
         0,
-        "Classes whose training rows look most like a row (nearest centroids of features), which the ranker ranks "
-        "beside the network's: it brings classes with few rows; 0 for none.",
+        "Classes of the training rows most like a row (nearest neighbours by features), which the ranker ranks "
+        "beside the network's: they bring classes with few rows; 0 for none.",
         low=0,
         high=4096,
     )
     ranker_min_rows: int = setting(
         10,
-        "Where there are centroids, the network proposes only classes with at least so many training rows: it knows "
+        "Where neighbours propose too, the network proposes only classes with at least so many training rows: it knows "
         "next to nothing of the others, and prediction need not score them.",
         low=0,
     )
@@ -91,7 +91,11 @@ class TrainConfig(SamplingSettings):
         high=1e6,
     )
     ranker_cost: float = setting(
-        1.0, "Cost of errors against the size of the ranker's weights (C of LIBLINEAR).", low=1e-6, high=1e6
+        1.0,
+        "Cost of errors against the size of the ranker's weights (C of LIBLINEAR); raised by the root of 30 / n for a "
+        "class of n training rows, fewer than 30.",
+        low=1e-6,
+        high=1e6,
     )
     ranker_threshold: float = setting(
         0.1, "Weights of the ranker of smaller magnitude are dropped.", low=0.0, high=1e6
@@ -146,9 +150,9 @@ class TrainConfig(SamplingSettings):
                 "The 'weight_dtype' setting must be float32 where 'device' is cpu. "
                 f"Got {self.weight_dtype!r} instead."
             )
-        if self.ranker_centroids and not self.ranker_candidates:
+        if self.ranker_neighbors and not self.ranker_candidates:
             raise ConfigError(
-                "The 'ranker_candidates' setting must be above 0 where 'ranker_centroids' is. Got 0 instead."
+                "The 'ranker_candidates' setting must be above 0 where 'ranker_neighbors' is. Got 0 instead."
             )
 
     @classmethod
@@ -172,7 +176,7 @@ class TrainConfig(SamplingSettings):
         return {**dataclasses.asdict(self), "dense_widths": list(self.dense_widths)}
 
 
-_RANKER: dict[str, Any] = {"ranker_candidates": 40, "ranker_centroids": 50}
+_RANKER: dict[str, Any] = {"ranker_candidates": 40, "ranker_neighbors": 50}
 _ACCURATE: dict[str, Any] = {
     "hidden_width": 512,
     "mode": "shared",
@@ -186,7 +190,7 @@ _ACCURATE: dict[str, Any] = {
     "ranker_tail": 1.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"epochs": 2, **_RANKER, "ranker_tail": 2.0},
+    "fast": {"epochs": 2, "batch_size": 512, "learning_rate": 0.012, **_RANKER, "ranker_tail": 2.0},
     "accurate": _ACCURATE,
     "tail": {**_ACCURATE, "ranker_tail": 4.0},
     "slide": {

@@ -1,7 +1,7 @@
 """The linear ranker of a run, kept in the run directory.
 
 ranker/ranker.json               step of the weights, number of features, what it was fitted on; its own checksum
-ranker/state_HASH.safetensors    its weights, and the centroids where it has some. HASH begins its checksum
+ranker/state_HASH.safetensors    its weights, and the index of training rows where it has one. HASH begins its checksum
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from slidex.errors import CheckpointError, ConfigError
-from slidex.kernels import Centroids, LinearWeights
+from slidex.kernels import InvertedIndex, LinearWeights
 from slidex.metrics import propensities
-from slidex.nn.ranker import CentroidSearch, LinearRanker, known_classes
+from slidex.nn.ranker import LinearRanker, NeighborSearch, known_classes
 from slidex.train.records import load_tensors, read_record, write_record
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from slidex.train.config import TrainConfig
 
-FOLDER, FILE, KIND = "ranker", "ranker.json", ("slidex-ranker", 1)
-CENTROIDS = "centroids."
+FOLDER, FILE, KIND = "ranker", "ranker.json", ("slidex-ranker", 2)
+NEIGHBORS = "neighbors."
 """Before the names of their tensors."""
 _FIELDS = {"step": int, "rows": int, "pairs": int, "num_features": int}
 
@@ -38,20 +38,20 @@ class KeptRanker:
         rows: Training rows that it was fitted on.
         pairs: Of class and row.
         weights: Of its classes.
-        centroids: That propose classes beside the network; None where none do.
+        search: That proposes classes beside the network; None where none does.
     """
 
     step: int
     rows: int
     pairs: int
     weights: LinearWeights
-    centroids: Centroids | None
+    search: NeighborSearch | None
 
     def describe(self) -> str:
         """One line for people."""
         size = f"{len(self.weights.values):,} weights ({self.weights.nbytes / 1e6:.1f} MB)"
-        if self.centroids is not None:
-            size += f", centroids ({self.centroids.nbytes / 1e6:.1f} MB)"
+        if self.search is not None:
+            size += f", index of training rows ({self.search.nbytes / 1e6:.1f} MB)"
         return f"{size}, fitted on {self.pairs:,} pairs of class and row; step {self.step}"
 
     def ranker(self, config: TrainConfig, class_counts: np.ndarray, train_rows: int) -> LinearRanker:
@@ -60,18 +60,16 @@ class KeptRanker:
         if config.ranker_tail:
             log_propensity_C = np.log(propensities(class_counts, train_rows))
             prior_C = torch.from_numpy((-config.ranker_tail * log_propensity_C).astype(np.float32))
-        search = known_M = None
-        if self.centroids is not None:
-            search = CentroidSearch(self.centroids, config.ranker_centroids)
-            known_M = known_classes(class_counts, config.ranker_min_rows)
+        known_M = None if self.search is None else known_classes(class_counts, config.ranker_min_rows)
         return LinearRanker(
             self.weights,
             config.ranker_candidates,
             config.ranker_weight,
             config.ranker_floor,
             prior_C,
-            search,
             known_M,
+            self.search,
+            config.ranker_neighbors,
         )
 
 
@@ -84,10 +82,11 @@ def save_ranker(run: Path, kept: KeptRanker) -> None:
     weights = kept.weights
     body = {"step": kept.step, "rows": kept.rows, "pairs": kept.pairs, "num_features": weights.num_features}
     tensors = {name: getattr(weights, name) for name in ("indptr", "features", "values", "bias")}
-    if kept.centroids is not None:
-        tensors |= {
-            CENTROIDS + name: getattr(kept.centroids, name) for name in ("indptr", "classes", "values")
-        }
+    if kept.search is not None:
+        index = kept.search.index
+        lists = {"indptr": index.indptr, "rows": index.rows, "values": index.values}
+        lists |= {"label_indptr": kept.search.label_indptr, "labels": kept.search.labels}
+        tensors |= {NEIGHBORS + name: tensor for name, tensor in lists.items()}
     write_record(run / FOLDER / FILE, KIND, body, tensors)
 
 
@@ -102,12 +101,16 @@ def load_ranker(run: Path) -> KeptRanker | None:
     if body is None:
         return None
     tensors = load_tensors(file, body["files"])
-    lists = {name.removeprefix(CENTROIDS): tensors.pop(name) for name in list(tensors) if CENTROIDS in name}
+    lists = {name.removeprefix(NEIGHBORS): tensors.pop(name) for name in list(tensors) if NEIGHBORS in name}
     try:
-        weights = LinearWeights(**tensors, num_features=body["num_features"])
-        centroids = Centroids(**lists, num_classes=len(weights.bias)) if lists else None
-        if centroids is not None and centroids.num_features != weights.num_features:
-            raise ConfigError(f"centroids of {centroids.num_features} features for {weights.num_features}")
-    except (ConfigError, TypeError) as error:
+        weights, search = LinearWeights(**tensors, num_features=body["num_features"]), None
+        if lists:
+            labels = lists.pop("label_indptr"), lists.pop("labels"), len(weights.bias)
+            search = NeighborSearch(InvertedIndex(**lists, num_rows=body["rows"]), *labels)
+            if search.index.num_features != weights.num_features:
+                raise ConfigError(
+                    f"an index of {search.index.num_features} features for {weights.num_features}"
+                )
+    except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: its weights are damaged: {error}") from error
-    return KeptRanker(body["step"], body["rows"], body["pairs"], weights, centroids)
+    return KeptRanker(body["step"], body["rows"], body["pairs"], weights, search)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,7 @@ from slidex.errors import InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.lsh import make_index
 from slidex.nn.classifier import PREDICT_ROWS
-from slidex.nn.ranker import centroid_search, class_pairs, row_tensors
+from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors, without
 from slidex.train.held_out import training_queries
 from slidex.train.kept_ranker import KeptRanker, load_ranker, save_ranker
 from slidex.train.rows import split_rows
@@ -24,17 +23,20 @@ if TYPE_CHECKING:
 
     from slidex.data import CsrArrays, Dataset
     from slidex.nn.classifier import Classifier
-    from slidex.nn.ranker import CentroidSearch
+    from slidex.nn.ranker import NeighborSearch
     from slidex.train.config import TrainConfig
     from slidex.train.run import Run
 
 EXACT_CLASSES = 1 << 13
 """Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
-TABLES, INSERTED, EXTRA_CANDIDATES = 32, 64, 8
+TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
-FITTED, FITTED_CENTROIDS = 2, 6
-"""A class is fitted on the rows that have it among so many times as many of the network's classes, and of the nearest
-centroids, as are ranked: what looks like a class without being it is what to learn from."""
+FITTED_NEIGHBORS = 3
+"""A class is fitted on the rows that have it among as many of the network's classes as are ranked, and so many times as
+many of the neighbours': what looks like a class without being it is what to learn from."""
+RARE = 30
+"""The cost of a class with fewer true rows, n, is raised by sqrt(RARE / n): else its few errors cost too little to move
+its weights."""
 CENTROID, ORIGIN, TOLERANCE = 2.0, -1.0, 0.5
 """Of `linear_fit`: where weights and bias are drawn to, and how exactly it solves."""
 
@@ -69,7 +71,7 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                     f"Continue with: slidex train DATA --out {run.path} --resume"
                 )
 
-        search = centroid_search(x, y, config.ranker_centroids) if config.ranker_centroids else None
+        search = neighbor_search(x, y) if config.ranker_neighbors else None
         found_NA = _candidates(
             model, dataset, x, config, search, lambda done: tell("candidates", done, x.num_rows)
         )
@@ -78,15 +80,20 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
             *pairs,
             *row_tensors(x.unit_rows()),
             dataset.num_features,
-            cost=config.ranker_cost,
+            cost=config.ranker_cost * _raised(y),
             centroid=CENTROID,
             origin=ORIGIN,
             tolerance=TOLERANCE,
             threshold=config.ranker_threshold,
             progress=lambda done, total: tell("weights", done, total),
         )
-    centroids = None if search is None else search.centroids
-    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, centroids))
+    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, search))
+
+
+def _raised(labels: CsrArrays) -> torch.Tensor:
+    """Factors of every class's cost: float32 (C,)."""
+    counts_C = np.bincount(labels.indices, minlength=labels.num_columns)
+    return torch.from_numpy(np.sqrt(RARE / counts_C.clip(1, RARE)).astype(np.float32))
 
 
 def _candidates(
@@ -94,17 +101,13 @@ def _candidates(
     dataset: Dataset,
     x: CsrArrays,
     config: TrainConfig,
-    search: CentroidSearch | None,
+    search: NeighborSearch | None,
     tell: Callable[[int], None],
 ) -> np.ndarray:
-    """The classes that network and centroids propose for training rows: int32 (N, A), padded with -1."""
+    """The classes that network and neighbours propose for training rows: int32 (N, A), padded with -1."""
     head = model.head
-    count = min(FITTED * config.ranker_candidates, head.num_classes)
-    wider = (
-        None
-        if search is None
-        else replace(search, count=min(FITTED_CENTROIDS * search.count, head.num_classes))
-    )
+    count = min(config.ranker_candidates, head.num_classes)
+    more = 0 if search is None else min(FITTED_NEIGHBORS * config.ranker_neighbors, head.num_classes)
     index = None
     if head.num_classes > EXACT_CLASSES:
         index = make_index(
@@ -112,7 +115,7 @@ def _candidates(
         )
         queries = training_queries(model, dataset, np.empty(0, dtype=np.int64), None)
         index.build(head.weight, head.bias, queries=queries)
-    found_NA = np.empty((x.num_rows, count + (wider.count if wider else 0)), dtype=np.int32)
+    found_NA = np.empty((x.num_rows, count + more), dtype=np.int32)
     for first in range(0, x.num_rows, PREDICT_ROWS):
         part = slice(first, min(first + PREDICT_ROWS, x.num_rows))
         with torch.no_grad():
@@ -120,8 +123,9 @@ def _candidates(
             hidden_ND = model.encoder(block)
         candidates_NA = None if index is None else index.query(hidden_ND, EXTRA_CANDIDATES * count)
         _, ids_NA = head.topk(hidden_ND, count, candidates_NA=candidates_NA)
-        if wider is not None:
-            ids_NA = torch.cat([ids_NA, wider.beside(block, ids_NA)], 1)
+        if search is not None:
+            found_NB = search.classes(block, more, torch.arange(part.start, part.stop))
+            ids_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
         found_NA[part] = ids_NA.numpy()
         tell(part.stop)
     return found_NA

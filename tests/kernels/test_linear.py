@@ -49,7 +49,7 @@ Fit = Callable[..., LinearWeights]
 
 
 def assert_fit_parity(
-    fit: Fit, seed: int, *, rows: int = 30, features: int = 17, classes: int = 9, **numbers: float
+    fit: Fit, seed: int, *, rows: int = 30, features: int = 17, classes: int = 9, **numbers: Any
 ) -> None:
     arguments = *pairs_of(rows, classes, seed), *sparse_rows(rows, features, seed + 1), features
     numbers = {"cost": 1.3} | numbers
@@ -67,6 +67,7 @@ def assert_fit_parity(
         {"features": 3, "rows": 60},
         {"cost": 0.01},
         {"cost": 30.0},
+        {"cost": torch.arange(9, dtype=torch.float64).exp() / 100},
         {"classes": 1},
         {"classes": 80, "rows": 5},
         {"centroid": 2.0, "origin": -1.0},
@@ -119,8 +120,12 @@ def test_comparison_fails_on_a_broken_fit(name: str) -> None:
         assert_fit_parity(broken, 0)
 
 
-@pytest.mark.parametrize("number", [{"centroid": 1.0}, {"origin": -1.0}], ids=str)
-def test_comparison_fails_where_weights_are_drawn_elsewhere(number: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [{"centroid": 1.0}, {"origin": -1.0}, {"cost": torch.tensor([1.3] * 8 + [1.2]).double()}],
+    ids=str,
+)
+def test_comparison_fails_where_a_number_is_another(number: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         assert_fit_parity(lambda *a, **n: cpu.linear_fit(*a, **n | number), 0)
 
@@ -219,6 +224,9 @@ def test_a_stopped_fit_leaves_out_what_has_not_begun(
     [
         ({"cost": 0.0}, "'cost'"),
         ({"cost": float("nan")}, "'cost'"),
+        ({"cost": torch.tensor([1.0, 0.0]).double()}, r"'cost' .* above 0\. Got 0.0"),
+        ({"cost": torch.ones(3).double()}, r"'cost' .* of shape \(2,\)"),
+        ({"cost": torch.ones(2)}, "'cost' .* of dtype torch.float64"),
         ({"passes": 0}, "'passes'"),
         ({"tolerance": -1.0}, "'tolerance'"),
         ({"threshold": float("nan")}, "'threshold'"),

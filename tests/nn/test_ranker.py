@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from slidex.data import CsrArrays
+from slidex.errors import ConfigError
 from slidex.kernels import LinearWeights, reference
 from slidex.nn.classifier import PREDICT_ROWS, Classifier
 from slidex.nn.ranker import (
-    CentroidSearch,
     LinearRanker,
-    centroid_search,
+    NeighborSearch,
     class_pairs,
     known_classes,
+    neighbor_search,
     row_tensors,
 )
 from slidex.train.config import TrainConfig
@@ -143,7 +144,7 @@ def test_the_best_of_the_networks_candidates_are_ranked_by_both(k: int, indexed:
     )
 
 
-def search(count: int) -> CentroidSearch:
+def search() -> NeighborSearch:
     rng = np.random.default_rng(5)
     labels = CsrArrays(
         np.arange(81) * 2,
@@ -151,34 +152,35 @@ def search(count: int) -> CentroidSearch:
         None,
         C,
     )
-    return centroid_search(random_rows(80, 6), labels, count)
+    return neighbor_search(random_rows(80, 6), labels)
 
 
-def test_centroids_are_of_the_true_rows() -> None:
-    labels = CsrArrays(np.array([0, 1, 3, 3]), np.array([2, 0, 2], dtype=np.int32), None, 4)
-    rows = np.array([0, 2, 4, 5]), np.array([0, 1, 0, 2, 1], dtype=np.int32)
-    x = CsrArrays(*rows, np.array([3, 4, 0.6, 0.8, 1], dtype=np.float32), 3)
-    found = centroid_search(x, labels, 2).centroids
-    dense_FC = torch.zeros(3, 4)
-    dense_FC[torch.repeat_interleave(torch.arange(3), found.indptr.diff()), found.classes.long()] = (
-        found.values
-    )
-    want_CF = torch.tensor([[0.6, 0, 0.8], [0, 0, 0], [1.2, 0.8, 0.8], [0, 0, 0]])
-    want_CF[2] /= want_CF[2].norm()
-    torch.testing.assert_close(dense_FC, want_CF.T)
+def test_neighbours_vote_with_the_fourth_power_of_their_cosine() -> None:
+    """Cosines with the first row are 1, 0.8 and 0.6: class 2 has the second and third, class 1 the first."""
+    labels = CsrArrays(np.array([0, 1, 2, 3]), np.array([1, 2, 2], dtype=np.int32), None, 4)
+    rows = np.array([0, 1, 3, 5]), np.array([0, 0, 1, 0, 1], dtype=np.int32)
+    x = CsrArrays(*rows, np.array([3, 4, 3, 6, 8], dtype=np.float32), 3)
+    found = neighbor_search(x, labels)
+    first = x.slice(0, 1)
+    assert found.classes(first, 3).tolist() == [[1, 2, -1]]  # 1 > 0.8^4 + 0.6^4; not so for squares
+    assert found.classes(first, 3, torch.tensor([0])).tolist() == [[2, -1, -1]]
+    with pytest.raises(ConfigError, match=r"'labels' .* ids"):
+        replace(found, num_classes=2)
+    with pytest.raises(ConfigError, match="'label_indptr'"):
+        replace(found, label_indptr=found.label_indptr[:-1])
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_classes_of_the_nearest_centroids_are_ranked_beside_the_networks(indexed: bool) -> None:
+def test_classes_of_the_nearest_rows_are_ranked_beside_the_networks(indexed: bool) -> None:
     network, x = model(), random_rows(PREDICT_ROWS + 20, 2)
     network.index.build(network.head.weight, network.head.bias)
-    both = replace(network, ranker=replace(ranker(8), search=search(6)))
+    both = replace(network, ranker=replace(ranker(8), search=search(), proposed=6))
     first, brought = 0, 0
     for before, after in zip(
         network.ranked(x, 8, indexed=indexed), both.ranked(x, 5, indexed=indexed), strict=True
     ):
         rows = x.slice(first, first + len(before.ids_NK))
-        more_NB = both.ranker.search.beside(rows, before.ids_NK)
+        more_NB = both.ranker.beside(rows, before.ids_NK)
         assert not (more_NB[:, :, None] == before.ids_NK.masked_fill(before.ids_NK < 0, -2)[:, None]).any()
         ids_NA = torch.cat([before.ids_NK, more_NB], 1)
         scores_NK, best_NK = both.scores(rows, ids_NA).topk(5)

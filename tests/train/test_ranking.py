@@ -18,7 +18,7 @@ from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
-from slidex.nn.ranker import centroid_search, class_pairs, row_tensors
+from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors, without
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
 from slidex.train.kept_ranker import load_ranker
@@ -75,14 +75,17 @@ def test_the_ranker_finds_what_a_narrow_network_cannot(run, data, tmp_path):
 
 def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data):
     split, network = data.split("train"), run.network()
-    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 2 * 20)])
+    ids_NA = torch.cat([ids for _, ids in network.topk(split.x, 20)])
     pairs = class_pairs(split.y, ids_NA.int().numpy())
     kept = load_ranker(run.path)
     assert (kept.rows, kept.pairs) == (1500, len(pairs.rows))
     assert kept.step == run.checkpoint().step
     arguments = *pairs, *row_tensors(split.x.take(np.arange(1500)).unit_rows()), data.num_features
-    numbers = {"cost": 1.0, "centroid": 2.0, "origin": -1.0, "tolerance": 0.5, "threshold": 0.1}
-    want = linear_fit(*arguments, **numbers)
+    counts_C = np.bincount(split.y.indices, minlength=200)
+    assert counts_C.min() < 30
+    cost = torch.from_numpy(np.sqrt(30 / counts_C).clip(1).astype(np.float32))
+    numbers = {"centroid": 2.0, "origin": -1.0, "tolerance": 0.5, "threshold": 0.1}
+    want = linear_fit(*arguments, cost=cost, **numbers)
     for name in ("indptr", "features", "values", "bias"):
         assert torch.equal(getattr(kept.weights, name), getattr(want, name))
 
@@ -98,7 +101,7 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
             {"ranker_tail": 2.0},
             {"ranker_floor": 0.1},
             {"ranker_candidates": 3},
-            {"ranker_centroids": 3},
+            {"ranker_neighbors": 3},
         )
     ):
         other = slidex.fit(data, tmp_path / str(n), config(**change))
@@ -125,28 +128,30 @@ def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, m
     assert slidex.evaluate(indexed, data)["P@1"] > slidex.evaluate(run, data)["P@1"] - 0.05
 
 
-def test_centroids_bring_classes_that_a_network_does_not_know(data, tmp_path):
+def test_neighbours_bring_classes_that_a_network_does_not_know(data, tmp_path):
     """One step of training: the network's candidates are as good as drawn by lot."""
     raw = {"max_steps": 1, "ranker_candidates": 2}
     alone, both = (
-        slidex.fit(data, tmp_path / str(count), config(**raw, ranker_centroids=count)) for count in (0, 10)
+        slidex.fit(data, tmp_path / str(count), config(**raw, ranker_neighbors=count)) for count in (0, 10)
     )
     assert slidex.evaluate(alone, data)["P@1"] < 0.3
     assert slidex.evaluate(both, data)["P@1"] > 0.7
 
 
-def test_fitted_rows_are_those_of_network_and_centroids(data, tmp_path):
-    run = slidex.fit(data, tmp_path / "run", config(ranker_candidates=4, ranker_centroids=5))
+def test_fitted_rows_are_those_of_network_and_neighbours(data, tmp_path):
+    run = slidex.fit(data, tmp_path / "run", config(ranker_candidates=4, ranker_neighbors=5))
     split, kept = data.split("train"), load_ranker(run.path)
     x = split.x.take(np.arange(1500))
-    search = centroid_search(x, split.y, 6 * 5)
-    for name in ("indptr", "classes", "values"):
-        assert torch.equal(getattr(kept.centroids, name), getattr(search.centroids, name))
-    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 2 * 4)])
-    both_NA = torch.cat([ids_NA, search.beside(x, ids_NA)], 1)
+    search = neighbor_search(x, split.y)
+    for name in ("indptr", "rows", "values"):
+        assert torch.equal(getattr(kept.search.index, name), getattr(search.index, name))
+    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 4)])
+    found_NB = search.classes(x, 3 * 5, torch.arange(1500))  # a row is no neighbour of its own
+    both_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
     assert kept.pairs == len(class_pairs(split.y, both_NA.int().numpy()).rows)
-    assert run.model().ranker.search.count == 5
-    assert f"centroids ({kept.centroids.nbytes / 1e6:.1f} MB)" in run_facts(run.path, verify=False)["ranker"]
+    assert run.model().ranker.proposed == 5
+    size = f"index of training rows ({kept.search.nbytes / 1e6:.1f} MB)"
+    assert size in run_facts(run.path, verify=False)["ranker"]
 
 
 def test_indexed_prediction_and_mistakes_use_it(data, tmp_path):
@@ -206,7 +211,7 @@ def test_a_signal_keeps_the_network_and_resuming_fits_the_ranker(data, tmp_path)
 def test_damage_is_refused(data, tmp_path):
     import shutil
 
-    run = slidex.fit(data, tmp_path / "run", config(ranker_centroids=5))
+    run = slidex.fit(data, tmp_path / "run", config(ranker_neighbors=5))
 
     def damaged(change):
         copy = tmp_path / change.__name__
@@ -224,20 +229,26 @@ def test_damage_is_refused(data, tmp_path):
         state.unlink()
 
     def newer(file, _state):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 2}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 3}))
 
-    def other_centroids(file, _state):
+    def other_features(file, _state):
         kept = load_ranker(file.parents[1])
-        lists = replace(kept.centroids, indptr=kept.centroids.indptr[:-1].clone())
-        lists.indptr[-1] = len(lists.classes)
-        kept_ranker.save_ranker(file.parents[1], replace(kept, centroids=lists))
+        index = replace(kept.search.index, indptr=kept.search.index.indptr[:-1].clone())
+        index.indptr[-1] = len(index.rows)
+        kept_ranker.save_ranker(file.parents[1], replace(kept, search=replace(kept.search, index=index)))
+
+    def other_labels(file, _state):
+        kept = load_ranker(file.parents[1])
+        search = replace(kept.search, num_classes=1000, labels=kept.search.labels + 200)
+        kept_ranker.save_ranker(file.parents[1], replace(kept, search=search))
 
     for change, message in (
-        (other_centroids, "centroids of 301 features for 302"),
+        (other_features, "an index of 301 features for 302"),
+        (other_labels, r"damaged: .* ids in \[0, 200\)"),
         (cut, "bytes; it should have"),
         (altered, "was altered"),
         (gone, "is missing"),
-        (newer, "of version 2"),
+        (newer, "of version 3"),
     ):
         with pytest.raises(CheckpointError, match=message):
             damaged(change).model()
@@ -263,7 +274,7 @@ def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch):
     "change",
     [
         {"ranker_candidates": -1},
-        {"ranker_centroids": -1},
+        {"ranker_neighbors": -1},
         {"ranker_cost": 0.0},
         {"ranker_threshold": -0.1},
         {"ranker_weight": -1.0},
@@ -274,11 +285,11 @@ def test_settings_out_of_range_are_refused(change):
         config(**change)
 
 
-def test_centroids_without_a_ranker_are_refused():
+def test_neighbours_without_a_ranker_are_refused():
     with pytest.raises(
-        ConfigError, match="'ranker_candidates' setting must be above 0 where 'ranker_centroids' is"
+        ConfigError, match="'ranker_candidates' setting must be above 0 where 'ranker_neighbors' is"
     ):
-        config(ranker_candidates=0, ranker_centroids=5)
+        config(ranker_candidates=0, ranker_neighbors=5)
 
 
 def test_inspect_and_the_display_tell_of_it(run, data, tmp_path, capsys):

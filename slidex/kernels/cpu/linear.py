@@ -39,7 +39,7 @@ def linear_fit(
     values: torch.Tensor,
     num_features: int,
     *,
-    cost: float,
+    cost: float | torch.Tensor,
     centroid: float = 0.0,
     origin: float = 0.0,
     threshold: float = 0.0,
@@ -65,7 +65,8 @@ def linear_fit(
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
         values: float32 or float64 (nnz,).
         num_features: F.
-        cost: Of the loss, against the distance of the weights from where they are drawn to; above 0.
+        cost: Of the loss, against the distance of the weights from where they are drawn to; above 0. One number, or one
+            for each class: (C,), of the dtype of `values`.
         centroid: Weights are drawn to so many times the unit vector `m`; at least 0.
         origin: The bias is drawn to it.
         threshold: Weights of smaller magnitude are left out; the bias is always kept.
@@ -90,8 +91,10 @@ def linear_fit(
     ):
         if not value >= least:
             check.fail(name, f"at least {least}", value)
-    if not cost > 0:
-        check.fail("cost", "above 0", cost)
+    costs = cost if isinstance(cost, torch.Tensor) else values.new_full((num_classes,), cost)
+    least = costs.min() if len(costs) else 1
+    if not least > 0:
+        check.fail("cost", "above 0", float(least))
     if not math.isfinite(origin):
         check.fail("origin", "a finite number", origin)
     starts = check.offsets("class_indptr", class_indptr, num_classes, len(rows))
@@ -105,10 +108,11 @@ def linear_fit(
     chunks = max(num_chunks(), len(rows) // _CHUNK_PAIRS)
     bounds = np.searchsorted(starts, np.linspace(0, starts[-1], chunks + 1)[1:-1])
     bounds = np.unique([0, *bounds, num_classes])
-    numbers = (num_features, cost, centroid, origin, threshold, passes, tolerance)
+    cost_C = check.floats("cost", costs, (num_classes,))
+    numbers = (num_features, centroid, origin, threshold, passes, tolerance)
 
     def fit(first: int, last: int) -> tuple[np.ndarray, ...]:
-        return _fit_classes(first, starts[first : last + 1], *arrays, *numbers)
+        return _fit_classes(first, starts[first : last + 1], cost_C[first:last], *arrays, *numbers)
 
     parts: list[tuple[np.ndarray, ...]] = []
     with ThreadPoolExecutor(numba.get_num_threads()) as pool:
@@ -131,20 +135,20 @@ def linear_fit(
 def _fit_classes(
     first,
     starts,
+    cost_C,
     rows,
     positive,
     indptr,
     indices,
     values,
     num_features,
-    cost,
     centroid,
     origin,
     threshold,
     passes,
     tolerance,
 ):
-    """The classes from `first` on, whose pairs begin at `starts`; the other arguments are those of `linear_fit`.
+    """The classes from `first` on, whose pairs begin at `starts`, at costs `cost_C`; the rest is as for `linear_fit`.
 
     Returns how many weights each class has, int64; their features, int32; the weights; the biases.
     """
@@ -171,6 +175,7 @@ def _fit_classes(
         w_L[:width] = 0
         if centroid > 0:
             _add_centroid(positive[pairs], at, ids, x, w_L[:width], centroid)
+        cost = cost_C[c]
         biases[c] = _descend(first + c, positive[pairs], at, ids, x, w_L, origin, cost, passes, tolerance)
         size = 0
         for i in range(width):

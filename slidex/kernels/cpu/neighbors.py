@@ -1,0 +1,377 @@
+"""Classes proposed by the input's features: those of the training rows most like a row.
+
+Rows lie in an inverted index, so that a row meets just the rows it shares a feature with; the nearest ones vote for
+their classes. Letters: N rows, Q rows that ask, F features, C classes, K neighbours, B classes voted for, M entries of
+the index.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+from slidex.kernels.cpu.arguments import Arguments
+from slidex.kernels.inverted_index import InvertedIndex
+
+_BINS = 1024  # of sums, to find the k largest among thousands
+
+
+def inverted_index(
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    num_features: int,
+    *,
+    longest: int,
+) -> InvertedIndex:
+    """The rows by feature, of each feature the `longest` largest values ("champion lists").
+
+    To read the lists of frequent features would take most of a search's time. Values are compared by magnitude; of
+    equal ones the lower row comes first. Reference: `slidex.kernels.reference.inverted_index`.
+
+    Args:
+        indptr: int64 (N + 1,), the features of the rows.
+        indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
+        values: float32 or float64 (nnz,).
+        num_features: F.
+        longest: Rows of a feature, at most; at least 1.
+
+    Returns:
+        An index of the dtype of `values`.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
+    """
+    check = Arguments("inverted_index", values.dtype)
+    num_rows, nnz = max(len(indptr) - 1, 0), len(indices)
+    if longest < 1:
+        check.fail("longest", "at least 1", longest)
+    arrays = (
+        check.offsets("indptr", indptr, num_rows, nnz),
+        check.ids("indices", indices, (nnz,), 0, num_features),
+        check.floats("values", values, (nnz,)),
+    )
+    ends, rows, kept = map(torch.from_numpy, _invert(*arrays, num_features, longest))
+    return InvertedIndex(ends, rows, kept, num_rows)
+
+
+def nearest_rows(
+    index: InvertedIndex,
+    indptr: torch.Tensor,
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    k: int,
+    *,
+    share: float = 1.0,
+    own_Q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k rows of largest inner product, of those above 0; equal ones by id.
+
+    A row's largest values tell rows apart and have the shortest lists; `share` leaves out the others. Deterministic.
+    Reference: `slidex.kernels.reference.nearest_rows`.
+
+    Args:
+        index: Of N rows over F features.
+        indptr: int64 (Q + 1,), the features of the rows that ask.
+        indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
+        values: (nnz,), dtype of the index.
+        k: Rows for each; at least 1.
+        share: Of a row the values of largest magnitude are read (of equal ones the first), until their squares add up
+            to this share of the sum of all squares; above 0, at most 1 for all values.
+        own_Q: int64 (Q,), a row each that is not to be found, as it is the asking one itself; -1 for none.
+
+    Returns:
+        ``(near_QK, products_QK)``: int64, nearest first, padded with -1; their inner products over what was read and
+        what the index holds, 0 at pads.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
+    """
+    check = Arguments("nearest_rows", index.values.dtype)
+    if k < 1:
+        check.fail("k", "at least 1", k)
+    if not 0 < share <= 1:
+        check.fail("share", "above 0 and at most 1", share)
+    num_rows, nnz = max(len(indptr) - 1, 0), len(indices)
+    own_Q = torch.full((num_rows,), -1) if own_Q is None else own_Q
+    near_QK, products_QK = torch.empty(num_rows, k, dtype=torch.int64), values.new_empty(num_rows, k)
+    _nearest(
+        index.indptr.numpy(),
+        index.rows.numpy(),
+        index.values.numpy(),
+        index.num_rows,
+        check.offsets("indptr", indptr, num_rows, nnz),
+        check.ids("indices", indices, (nnz,), 0, index.num_features),
+        check.floats("values", values, (nnz,)),
+        share,
+        check.ids("own_Q", own_Q, (num_rows,), -1, index.num_rows),
+        _chunks(num_rows),
+        near_QK.numpy(),
+        products_QK.numpy(),
+    )
+    return near_QK, products_QK
+
+
+def neighbor_classes(
+    near_QK: torch.Tensor,
+    weights_QK: torch.Tensor,
+    label_indptr: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    count: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes with the most votes, each neighbour giving its weight to all of its classes; equal ones by id.
+
+    Deterministic. Reference: `slidex.kernels.reference.neighbor_classes`.
+
+    Args:
+        near_QK: int32 or int64, the neighbours of Q rows among N, each at most once in a row; -1 for none.
+        weights_QK: float32 or float64, above or equal to 0.
+        label_indptr: int64 (N + 1,), the classes of the N rows.
+        labels: int32 or int64 (nnz,), in [0, C), each at most once in a row.
+        num_classes: C.
+        count: Classes for each row, B; at least 1.
+
+    Returns:
+        ``(ids_QB, votes_QB)``: int64, those with most votes first, of those above 0, padded with -1; their votes, 0 at
+        pads.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
+    """
+    check = Arguments("neighbor_classes", weights_QK.dtype)
+    if count < 1:
+        check.fail("count", "at least 1", count)
+    shape, num_labelled, nnz = tuple(near_QK.shape), max(len(label_indptr) - 1, 0), len(labels)
+    ids_QB = torch.empty(len(near_QK), count, dtype=torch.int64)
+    votes_QB = weights_QK.new_empty(len(near_QK), count)
+    _vote(
+        check.ids("near_QK", near_QK, shape, -1, num_labelled),
+        check.floats("weights_QK", weights_QK, shape),
+        check.offsets("label_indptr", label_indptr, num_labelled, nnz),
+        check.ids("labels", labels, (nnz,), 0, num_classes),
+        num_classes,
+        _chunks(len(near_QK)),
+        ids_QB.numpy(),
+        votes_QB.numpy(),
+    )
+    return ids_QB, votes_QB
+
+
+def _chunks(num_rows: int) -> int:
+    """One for each thread: each has arrays as long as what is added up."""
+    return min(numba.get_num_threads(), max(num_rows, 1))
+
+
+@njit(cache=True, nogil=True)
+def _invert(indptr, indices, values, num_features, longest):
+    """Offsets, rows and values by feature, of each feature the `longest` largest values at most."""
+    starts = np.zeros(num_features + 1, np.int64)
+    for f in indices:
+        starts[f + 1] += 1
+    starts = np.cumsum(starts)
+    rows, kept = np.empty(starts[-1], np.int32), np.empty(starts[-1], values.dtype)
+    next_F = starts[:-1].copy()
+    for n in range(len(indptr) - 1):
+        for j in range(indptr[n], indptr[n + 1]):
+            f = indices[j]
+            rows[next_F[f]], kept[next_F[f]] = n, values[j]
+            next_F[f] += 1
+    ends, left = np.zeros(num_features + 1, np.int64), 0
+    best, ids = np.empty(longest, values.dtype), np.empty(longest, np.int64)
+    for f in range(num_features):
+        start, stop = starts[f], starts[f + 1]
+        cut, size = stop - start > longest, 0
+        for m in range(start, stop if cut else start):
+            v = abs(kept[m])
+            if size < longest or v >= best[0]:
+                size = _offer(best, ids, size, v, np.int64(rows[m]))
+        for m in range(start, stop):  # what is left moves to the front
+            if not cut or not _less(abs(kept[m]), rows[m], best[0], ids[0]):
+                rows[left], kept[left] = rows[m], kept[m]
+                left += 1
+        ends[f + 1] = left
+    return ends, rows[:left].copy(), kept[:left].copy()
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _nearest(
+    feature_indptr,
+    rows,
+    row_values,
+    num_rows,
+    indptr,
+    indices,
+    values,
+    share,
+    own_Q,
+    chunks,
+    near_QK,
+    products_QK,
+):
+    for chunk in prange(chunks):
+        part = slice(len(near_QK) * chunk // chunks, len(near_QK) * (chunk + 1) // chunks)
+        _nearest_of(
+            feature_indptr,
+            rows,
+            row_values,
+            num_rows,
+            indptr[part.start : part.stop + 1],
+            indices,
+            values,
+            share,
+            own_Q[part],
+            near_QK[part],
+            products_QK[part],
+        )
+
+
+@njit(nogil=True)
+def _nearest_of(
+    feature_indptr, rows, row_values, num_rows, indptr, indices, values, share, own_Q, near_QK, products_QK
+):
+    sum_N, sums = np.zeros(num_rows, row_values.dtype), np.empty(num_rows, row_values.dtype)
+    touched = np.empty(num_rows, np.int32)
+    for q in range(len(near_QK)):
+        row, width = slice(indptr[q], indptr[q + 1]), 0
+        for j in _largest(values[row], share):
+            f, v = indices[row.start + j], values[row.start + j]
+            for m in range(feature_indptr[f], feature_indptr[f + 1]):
+                n = rows[m]
+                if sum_N[n] == 0 and width < num_rows:  # twice, should the sum have come back to 0
+                    touched[width] = n
+                    width += 1
+                sum_N[n] += v * row_values[m]
+        if own_Q[q] >= 0:
+            sum_N[own_Q[q]] = 0
+        _take_best(sum_N, touched, width, sums, near_QK[q], products_QK[q])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _vote(near_QK, weights_QK, label_indptr, labels, num_classes, chunks, ids_QB, votes_QB):
+    for chunk in prange(chunks):
+        part = slice(len(near_QK) * chunk // chunks, len(near_QK) * (chunk + 1) // chunks)
+        _vote_of(
+            near_QK[part], weights_QK[part], label_indptr, labels, num_classes, ids_QB[part], votes_QB[part]
+        )
+
+
+@njit(nogil=True)
+def _vote_of(near_QK, weights_QK, label_indptr, labels, num_classes, ids_QB, votes_QB):
+    sum_C, sums = np.zeros(num_classes, weights_QK.dtype), np.empty(num_classes, weights_QK.dtype)
+    touched = np.empty(num_classes, np.int32)
+    for q in range(len(near_QK)):
+        width = 0
+        for k in range(near_QK.shape[1]):
+            n = near_QK[q, k]
+            if n < 0:
+                continue
+            for j in range(label_indptr[n], label_indptr[n + 1]):
+                c = labels[j]
+                if sum_C[c] == 0 and width < num_classes:
+                    touched[width] = c
+                    width += 1
+                sum_C[c] += weights_QK[q, k]
+        _take_best(sum_C, touched, width, sums, ids_QB[q], votes_QB[q])
+
+
+@njit(nogil=True)
+def _take_best(sum_N, touched, width, sums, ids_K, best_K):
+    """The largest sums above 0 and whose they are, best first, -1 and 0 where there are fewer; leaves zeros in `sum_N`.
+
+    `touched` holds in `width` places whose sum may not be 0; `sums` is for use in between.
+    """
+    whole, size = width == len(sum_N), 0  # one may be noted twice and another not at all
+    highest = sum_N.dtype.type(0)
+    for t in range(width):
+        n = t if whole else touched[t]
+        sums[t] = sum_N[n]
+        highest = max(highest, sums[t])
+        sum_N[n] = 0
+    least = _bound(sums[:width], highest, len(ids_K))
+    for t in range(width):
+        if sums[t] >= least:  # a call for each would cost more than all else
+            size = _offer(best_K, ids_K, size, sums[t], np.int64(t if whole else touched[t]))
+    ids_K[size:], best_K[size:] = -1, 0
+    for left in range(size - 1, 0, -1):  # the least goes last
+        v, n = best_K[left], ids_K[left]
+        best_K[left], ids_K[left] = best_K[0], ids_K[0]
+        _sink(best_K, ids_K, left, v, n)
+
+
+@njit(nogil=True)
+def _offer(values, ids, size, v, i):
+    """Keeps the largest of what is offered in a heap, the least first, of equal ones the higher id; its size then."""
+    if size < len(values):
+        at = size
+        while at > 0:
+            above = (at - 1) // 2
+            if not _less(v, i, values[above], ids[above]):
+                break
+            values[at], ids[at] = values[above], ids[above]
+            at = above
+        values[at], ids[at] = v, i
+        return size + 1
+    if _less(values[0], ids[0], v, i):
+        _sink(values, ids, size, v, i)
+    return size
+
+
+@njit(nogil=True, inline="always")
+def _less(v, i, w, j):
+    return v < w or (v == w and i > j)
+
+
+@njit(nogil=True)
+def _sink(values, ids, size, v, i):
+    """Puts `v` and `i` in the place of a heap's least element."""
+    at = 0
+    while True:
+        below = 2 * at + 1
+        if below >= size:
+            break
+        if below + 1 < size and _less(values[below + 1], ids[below + 1], values[below], ids[below]):
+            below += 1
+        if not _less(values[below], ids[below], v, i):
+            break
+        values[at], ids[at] = values[below], ids[below]
+        at = below
+    values[at], ids[at] = v, i
+
+
+@njit(nogil=True)
+def _largest(values, share):
+    """Which values have so much of the sum of squares, in rising order."""
+    if share == 1:
+        return np.arange(len(values))
+    order = np.argsort(-np.abs(values), kind="mergesort")
+    square = 0.0
+    for v in values:
+        square += v * v
+    left, size = share * square, 0
+    while left > 0 and size < len(values):
+        left -= values[order[size]] * values[order[size]]
+        size += 1
+    return np.sort(order[:size])
+
+
+@njit(nogil=True)
+def _bound(sums, highest, k):
+    """A number above 0 that at least k of the sums reach, and not many more; the least above 0 if there are fewer."""
+    tiny = np.finfo(sums.dtype).tiny
+    if len(sums) <= k or highest <= 0:
+        return tiny
+    counts = np.zeros(_BINS, np.int64)
+    scale = _BINS / highest
+    for v in sums:
+        if v > 0:
+            counts[min(np.int64(v * scale), _BINS - 1)] += 1
+    reached = 0
+    for b in range(_BINS - 1, 0, -1):
+        reached += counts[b]
+        if reached >= k:
+            # What was rounded into the bin may lie a little below its edge.
+            return max(sums.dtype.type((b - 0.01) / scale), tiny)
+    return tiny

@@ -1,0 +1,52 @@
+"""Rows of features, by feature: what `inverted_index` returns, `nearest_rows` reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slidex.kernels.arguments import check_part, refuse_part
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InvertedIndex:
+    """For each of F features the rows that have it, checked once where it is made.
+
+    Args:
+        indptr: int64 (F + 1,), from 0 to M.
+        rows: int32 (M,), in [0, N), rising within a feature.
+        values: float32 or float64 (M,), theirs of the feature.
+        num_rows: N.
+
+    Raises:
+        ConfigError: A shape, dtype, offset or row does not fit.
+    """
+
+    indptr: torch.Tensor
+    rows: torch.Tensor
+    values: torch.Tensor
+    num_rows: int
+
+    def __post_init__(self) -> None:
+        for name, kinds, dims in (
+            ("indptr", (torch.int64,), (max(len(self.indptr), 1),)),
+            ("rows", (torch.int32,), (len(self.values),)),
+            ("values", (torch.float32, torch.float64), (len(self.values),)),
+        ):
+            check_part("InvertedIndex", name, getattr(self, name), kinds, dims)
+        if self.indptr[0] != 0 or self.indptr[-1] != len(self.rows) or bool((self.indptr.diff() < 0).any()):
+            refuse_part("InvertedIndex", "indptr", f"rising from 0 to {len(self.rows)}", self.indptr)
+        low, high = (int(c) for c in torch.aminmax(self.rows)) if len(self.rows) else (0, 0)
+        if low < 0 or high >= max(self.num_rows, 1):
+            refuse_part("InvertedIndex", "rows", f"ids in [0, {self.num_rows})", (low, high))
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return len(self.indptr) - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(part.nbytes for part in (self.indptr, self.rows, self.values))
