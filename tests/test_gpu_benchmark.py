@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import gpu, gpu_kernels, gpu_results, gpu_rivals
+from benchmarks import gpu, gpu_kernels, gpu_results, gpu_rivals, report
 from benchmarks.gpu_clock import Clock
 from benchmarks.gpu_results import Case, Result
 from slidex.errors import DeviceError
@@ -226,6 +227,38 @@ def test_goals_are_for_our_own_tables():
         Result(million, "slidex, shared, FAISS", 1.0, 2_000_000_000, ""),
     ]
     assert gpu.goals(results)[0].endswith("got 6 times, 0.25 of its memory")
+
+
+def test_a_whole_run_prints_and_keeps_what_it_measured(monkeypatch, tmp_path):
+    """On a GPU's path, but for the CUDA kernels' own table."""
+    take_device_path(monkeypatch)
+    monkeypatch.setattr(environment, "require_device", lambda _: None)
+    monkeypatch.setattr(environment, "driver", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the CPU")
+    monkeypatch.setattr(gpu_kernels, "copy_rate", lambda *_: 1e9)
+    monkeypatch.setattr(
+        gpu_kernels, "shares", lambda *_: [gpu_kernels.Share("pair_logits", 10**6, 1e-3, 0.7)]
+    )
+    monkeypatch.setattr(gpu, "Clock", lambda device: Clock(device, steps=1, repeats=1))
+    monkeypatch.setattr(gpu, "CASES", [TINY, TINY._replace(rows=9)])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = CliRunner().invoke(gpu.main, ["--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| 300 |")]
+    assert len(lines) == 2 * 7
+    assert {line.count(" | ") for line in lines} == {len(gpu.HEADINGS) - 1}
+    assert sum("not measured: The 'device' parameter" in line for line in lines) == 4
+    assert "| pair_logits | 1.0 | 1000.0 | 70% |" in result.stdout
+    assert "goal of query and rehash by our tables in at most 50% of a step: got it in" in result.stdout
+    assert "goal of a device that waits for the host at most 10% of a step: got it in" in result.stdout
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["machine"]["gpu"] == "the CPU"
+    assert len(kept["results"]) == 14
+    shared = next(line for line in kept["results"] if line["way"] == "slidex, shared")
+    assert shared["case"] == TINY._asdict()
+    assert min(shared[name] for name in ("host_microseconds", "device_microseconds", "index_share")) > 0
+    late = CliRunner().invoke(gpu.main, ["--device", "cpu", "--minutes", "0"], catch_exceptions=False)
+    assert "not begun within 0 minutes: Case(classes=300, width=16, rows=8), Case(" in late.stdout
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):
