@@ -17,7 +17,7 @@ from slidex.kernels import RowState, StepSettings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from benchmarks.gpu import Clock
+    from benchmarks.gpu_clock import Clock
 
 HOT = ("pair_logits", "pair_hidden_grad", "pair_update", "rows_update", "gather_rows", "shared_softmax_loss")
 """Those that the goal of 60 % is for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +10,9 @@ import torch
 from click.testing import CliRunner
 from torch.nn import functional as F  # noqa: N812
 
-from benchmarks import gpu, gpu_kernels, gpu_rivals
-from benchmarks.gpu import Case, Clock, Result
+from benchmarks import gpu, gpu_kernels, gpu_results, gpu_rivals, report
+from benchmarks.gpu_clock import Clock
+from benchmarks.gpu_results import Case, Result
 from slidex.errors import DeviceError
 from slidex.kernels.cuda import environment
 from slidex.nn import memory
@@ -75,15 +76,19 @@ def test_the_sampled_softmax_is_near_the_dense_one_and_touches_its_classes_alone
 def test_every_way_runs_and_is_shown():
     clock, results = Clock(CPU, steps=2, repeats=2), []
     for way, make in gpu.ways(TINY, CPU, torch.float32).items():
+        if way.endswith("FAISS"):
+            continue
         results.append(gpu.measure(TINY, way, make, CPU, torch.float32, clock))
         assert results[-1].milliseconds > 0
         assert results[-1].learns
+        assert results[-1].host_per_device > 0
     assert [result.way for result in results][-2:] == ["slidex, shared", "slidex, per_sample"]
     assert all("float32, adam; query" in result.note for result in results[-2:])
-    assert all(result.note.startswith("enqueued in ") for result in results)
+    assert [result.index_share is None for result in results] == [True, True, True, False, False]
+    assert all(f": {result.index_share:.0%}" in result.note for result in results[-2:])
     table = gpu.rows_of(results)
     assert {len(row) for row in table} == {len(gpu.HEADINGS)}
-    assert table[0][6] == "1"
+    assert table[0][10] == "1"
     hidden_ND, target_N = gpu.batches(TINY, CPU, torch.float32)[0]
     assert hidden_ND.shape == (8, 16)
     assert 0 <= target_N.min() <= target_N.max() < 300
@@ -116,7 +121,7 @@ def test_ratios_and_goals_are_of_what_was_measured():
         Result(ten, "slidex, shared", 7.0, 2_000_000_000, ""),
         Result(thirty, "slidex, shared", None, 0, "does not fit"),
     ]
-    assert [row[6:8] for row in gpu.rows_of(results)[:3]] == [["1", "1"], ["6", "0.25"], ["3", "0.125"]]
+    assert [row[10:12] for row in gpu.rows_of(results)[:3]] == [["1", "1"], ["6", "0.25"], ["3", "0.125"]]
     assert gpu.goals(results) == [
         "goal at C = 1,000,000, D = 768, N = 256: 5 times as fast as dense; got 6 times, 0.25 of its memory",
         "goal at C = 10,000,000, D = 768, N = 256: 30 times as fast as dense in 0.33 of its memory; got dense does not "
@@ -188,13 +193,72 @@ def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arr
     assert all(len(row) == 4 for row in gpu.kernel_rows(found))
 
 
-def test_the_clock_counts_calls_and_leaves_the_first_out(monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(ticks))
-    calls = []
-    assert Clock(CPU, steps=4, repeats=3).seconds(lambda: calls.append(1)) == 1 / 4
-    assert len(calls) == gpu.WARM_UP + 12
-    assert Clock(CPU).host_seconds(lambda: calls.append(1)) == 1 / gpu.HOST_STEPS
+def test_launch_overhead_is_what_the_device_waits():
+    bound = Result(TINY, "slidex, shared", 0.5, 0, "", None, 500.0, 200.0)
+    ahead = Result(TINY, "slidex, per_sample", 1.0, 0, "", None, 400.0, 1000.0, 0.5)
+    faiss = Result(TINY, "slidex, shared, FAISS", 3.0, 0, "", None, None, None, 0.75)
+    slow = Result(TINY, "dense", 2.0, 10**9, "", None, 4000.0, 1.0)
+    assert (bound.host_per_device, bound.waiting_share) == (2.5, 0.6)
+    assert (ahead.host_per_device, ahead.waiting_share) == (0.4, 0.0)
+    assert (faiss.host_per_device, faiss.waiting_share) == (None, None)
+    cells = [row[4:10] for row in gpu.rows_of([bound, ahead, faiss])]
+    assert cells == [
+        ["0.5", "500", "200", "2.50", "60%", "0.00"],
+        ["1", "400", "1000", "0.40", "0%", "0.00"],
+        ["3", "", "", "", "", "0.00"],
+    ]
+    assert gpu_results.launch_goal([bound, ahead, faiss, slow]) == [
+        "goal of a device that waits for the host at most 10% of a step: got it in 1 of 2 lines; not slidex, shared at "
+        "C = 300, D = 16, N = 8 (60%)"
+    ]
+    assert gpu_results.launch_goal([faiss, slow]) == []
+    assert gpu_results.index_goals([bound, ahead, faiss, slow]) == [
+        "goal of query and rehash by our tables in at most 50% of a step: got it in 1 of 1 lines",
+        "goal of query and rehash by FAISS in at most 50% of a step: got it in 0 of 1 lines; not slidex, shared, FAISS "
+        "at C = 300, D = 16, N = 8 (75%)",
+    ]
+
+
+def test_goals_are_for_our_own_tables():
+    million = Case(1_000_000, 768, 256)
+    results = [
+        Result(million, "dense", 30.0, 8_000_000_000, ""),
+        Result(million, "slidex, shared", 5.0, 2_000_000_000, ""),
+        Result(million, "slidex, shared, FAISS", 1.0, 2_000_000_000, ""),
+    ]
+    assert gpu.goals(results)[0].endswith("got 6 times, 0.25 of its memory")
+
+
+def test_a_whole_run_prints_and_keeps_what_it_measured(monkeypatch, tmp_path):
+    """On a GPU's path, but for the CUDA kernels' own table."""
+    take_device_path(monkeypatch)
+    monkeypatch.setattr(environment, "require_device", lambda _: None)
+    monkeypatch.setattr(environment, "driver", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the CPU")
+    monkeypatch.setattr(gpu_kernels, "copy_rate", lambda *_: 1e9)
+    monkeypatch.setattr(
+        gpu_kernels, "shares", lambda *_: [gpu_kernels.Share("pair_logits", 10**6, 1e-3, 0.7)]
+    )
+    monkeypatch.setattr(gpu, "Clock", lambda device: Clock(device, steps=1, repeats=1))
+    monkeypatch.setattr(gpu, "CASES", [TINY, TINY._replace(rows=9)])
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    result = CliRunner().invoke(gpu.main, ["--device", "cpu"], catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| 300 |")]
+    assert len(lines) == 2 * 7
+    assert {line.count(" | ") for line in lines} == {len(gpu.HEADINGS) - 1}
+    assert sum("not measured: The 'device' parameter" in line for line in lines) == 4
+    assert "| pair_logits | 1.0 | 1000.0 | 70% |" in result.stdout
+    assert "goal of query and rehash by our tables in at most 50% of a step: got it in" in result.stdout
+    assert "goal of a device that waits for the host at most 10% of a step: got it in" in result.stdout
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert kept["machine"]["gpu"] == "the CPU"
+    assert len(kept["results"]) == 14
+    shared = next(line for line in kept["results"] if line["way"] == "slidex, shared")
+    assert shared["case"] == TINY._asdict()
+    assert min(shared[name] for name in ("host_microseconds", "device_microseconds", "index_share")) > 0
+    late = CliRunner().invoke(gpu.main, ["--device", "cpu", "--minutes", "0"], catch_exceptions=False)
+    assert "not begun within 0 minutes: Case(classes=300, width=16, rows=8), Case(" in late.stdout
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):

@@ -1,8 +1,10 @@
-"""Operations that would wait for a device, refused while they are looked for; so that a CPU can show it."""
+"""What a CPU can show of a device: operations that would wait for it, and how much of its tensors the host has."""
 
 from __future__ import annotations
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 WAITING = (
     "_local_scalar_dense",
@@ -22,3 +24,16 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket.__name__ not in WAITING, f"{function} waits for the device"
         return function(*args, **(kwargs or {}))
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that was seen on the host."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                self.nbytes = max(self.nbytes, leaf.untyped_storage().nbytes())
+        return result

@@ -76,6 +76,8 @@ class Classifier:
         num_classes: int,
         class_counts: np.ndarray,
         shard: Shard | None = None,
+        *,
+        device: str = "cpu",
     ) -> Classifier:
         """A model with initial weights, on the CPU; to work there it needs `weight_dtype` float32.
 
@@ -85,6 +87,8 @@ class Classifier:
             num_classes: C.
             class_counts: int64 (C,), training frequency of every class.
             shard: Which of the classes this process has; None where it has all.
+            device: ``meta`` makes one without weights instead, which `place` draws where they are to be, so that the
+                host never has all of them.
 
         Raises:
             ConfigError: if there are more processes than classes, or than negatives.
@@ -98,6 +102,7 @@ class Classifier:
             normalize=config.normalize,
             optimizer=config.optimizer,
             seed=config.seed,
+            device=device,
         )
         begin, end, part, parts = 0, num_classes, 0, 1
         if shard is not None:
@@ -118,6 +123,7 @@ class Classifier:
             seed=config.seed + 1,
             weight_dtype=getattr(torch, config.weight_dtype),
             shard=shard,
+            device=device,
         )
         return cls(encoder, head, selector.index if selector is not None else None)
 
@@ -132,7 +138,7 @@ class Classifier:
         Raises:
             ConfigError: The index does not work there, or classes are sharded.
         """
-        self.encoder.place(placement)
+        self.encoder.place(placement, trains=index_name is not None)
         self.head.place(placement, index_name)
 
     def topk(

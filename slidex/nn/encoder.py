@@ -19,6 +19,7 @@ from torch import nn
 from slidex.kernels import RowState, StepSettings
 from slidex.nn import placement as placements
 from slidex.nn.bag_inputs import BagInputs, InputRules
+from slidex.nn.initial_weights import draw_normal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ class BagEncoder(nn.Module):
         normalize: Scale every row of the input to unit L2 norm first.
         optimizer: Rule of the bag's row updates, one of `slidex.kernels.OPTIMIZERS`.
         seed: Seed of the initial weights and, with the step number, of the dropout masks.
+        device: ``cpu``, or ``meta`` for an encoder without weights: `place` draws them where they are to be.
     """
 
     def __init__(
@@ -52,29 +54,50 @@ class BagEncoder(nn.Module):
         normalize: bool = True,
         optimizer: str = "adam",
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         self.hidden_dropout = hidden_dropout
         self.rules = InputRules(normalize, input_dropout, hidden_dropout, (width, *dense_widths), seed)
         self._placement = placements.place(torch.device("cpu"))
         self.out_features = dense_widths[-1] if dense_widths else width
-        generator = torch.Generator().manual_seed(seed)
-        # Unit-norm inputs give pre-activations of variance 1 / D: the hidden vector starts with norm about 0.7.
-        bag = torch.empty(num_features, width).normal_(0, 1 / math.sqrt(width), generator=generator)
-        self.bag = nn.Parameter(bag, requires_grad=False)
-        self.bag_state = RowState.zeros_like(self.bag, optimizer)
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.dense = nn.ModuleList()
-        for fan_in, fan_out in itertools.pairwise([width, *dense_widths]):
-            layer = nn.Linear(fan_in, fan_out)
-            nn.init.normal_(layer.weight, 0, math.sqrt(2 / fan_in), generator=generator)
-            nn.init.zeros_(layer.bias)
-            self.dense.append(layer)
+        self._optimizer = optimizer
+        self.bag = nn.Parameter(torch.empty(num_features, width, device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(width, device=device))
+        widths = itertools.pairwise([width, *dense_widths])
+        self.dense = nn.ModuleList(nn.Linear(*sizes, device=device) for sizes in widths)
+        if device != "meta":
+            self._draw()
+        self._forget()
 
-    def place(self, placement: Placement) -> None:
-        """Goes where a model is to be, with the state of its optimiser."""
+    def place(self, placement: Placement, *, trains: bool = True) -> None:
+        """Goes where a model is to be; where it `trains`, with the state of its optimiser."""
+        self._placement = placement
+        if self.bag.device.type == "meta":
+            self.to_empty(device=placement.device)
+            self._draw()
+            self._forget()
+            return
         self.to(placement.device)
-        self.bag_state, self._placement = self.bag_state.to(placement.device), placement
+        if trains:
+            self.bag_state = self.bag_state.to(placement.device)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Initial weights: a function of sizes and seed."""
+        generator = torch.Generator().manual_seed(self.rules.seed)
+        # Unit-norm inputs give pre-activations of variance 1 / D: the hidden vector starts with norm about 0.7.
+        draw_normal(self.bag, 1 / math.sqrt(self.bag.shape[1]), generator)
+        self.bias.zero_()
+        for parameter in self.dense.parameters():  # layer by layer, weights before biases
+            if parameter.dim() == 2:
+                draw_normal(parameter, math.sqrt(2 / parameter.shape[1]), generator)
+            else:
+                parameter.zero_()
+
+    def _forget(self) -> None:
+        """A state of the optimiser that no step has touched, where the weights are."""
+        self.bag_state = RowState.zeros_like(self.bag, self._optimizer)
 
     def forward(self, x: CsrArrays | BagInputs, step: int | None = None) -> torch.Tensor:
         """Hidden vectors of a batch: float32 (N, H).

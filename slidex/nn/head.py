@@ -25,6 +25,7 @@ from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.lsh import exact_topk
 from slidex.nn import placement as placements
 from slidex.nn.candidates import label_weights
+from slidex.nn.initial_weights import draw_normal
 from slidex.nn.scoring import Rows, Scored, Scorer, best_candidates
 from slidex.nn.smoothing import LabelMass
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from slidex.nn.device_labels import DeviceLabels
     from slidex.nn.placement import Placement
     from slidex.nn.sharding import Shard
-
-INITIAL_ROWS = 1 << 16
-"""Rows whose initial weights are drawn at once, where a process keeps only some of them, or has them in 16 bits."""
 
 
 class SampledHead(nn.Module):
@@ -53,6 +51,7 @@ class SampledHead(nn.Module):
         weight_dtype: Of the weights; torch.bfloat16 takes a step or scores on a GPU alone. Biases and the optimiser's
             state are float32.
         shard: Which of the C classes this process has; None where it has all. The selector is over its own.
+        device: ``cpu``, or ``meta`` for a head without weights: `place` draws them where they are to be.
 
     Raises:
         ConfigError: if a setting is none of its values, or a sampled mode has no selector.
@@ -71,6 +70,7 @@ class SampledHead(nn.Module):
         seed: int = 0,
         weight_dtype: torch.dtype = torch.float32,
         shard: Shard | None = None,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         if optimizer not in OPTIMIZERS:
@@ -79,15 +79,16 @@ class SampledHead(nn.Module):
             )
         self.scorer = Scorer(mode, loss=loss, precision=precision, selector=selector, shard=shard)
         self.in_features, self.num_classes, self.shard = in_features, num_classes, shard
-        weight_CD = _initial_weight(in_features, num_classes, seed, shard, weight_dtype)
+        self._optimizer, self._seed = optimizer, seed
+        own = num_classes if shard is None else shard.end - shard.begin
+        weight_CD = torch.empty(own, in_features, dtype=weight_dtype, device=device)
         # Rows are written by the fused kernels, never by autograd.
         self.weight = nn.Parameter(weight_CD, requires_grad=False)
-        # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
-        start = -math.log(num_classes) if loss == "logistic" else 0.0
-        self.bias = nn.Parameter(torch.full((len(weight_CD),), start), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(own, device=device), requires_grad=False)
         self._placement = placements.place(torch.device("cpu"))
-        self.weight_state = RowState.zeros_like(self.weight, optimizer)
-        self.bias_state = RowState.zeros_like(self.bias, optimizer)
+        if device != "meta":
+            self._draw()
+        self._forget()
 
     @property
     def mode(self) -> str:
@@ -105,16 +106,36 @@ class SampledHead(nn.Module):
         return self.scorer.selector
 
     def place(self, placement: Placement, index_name: str | None = None) -> None:
-        """Goes where a model is to be, with the state of its optimiser; without an `index_name` it cannot train there.
+        """Goes where a model is to be; with an `index_name` it can train there, and the optimiser's state goes along.
 
         Raises:
             ConfigError: The index does not work there, or classes are sharded.
         """
         if index_name is not None:
             self.scorer.place(placement, index_name)
+        self._placement = placement
+        if self.weight.device.type == "meta":
+            self.to_empty(device=placement.device)
+            self._draw()
+            self._forget()
+            return
         self.to(placement.device)
-        self.weight_state = self.weight_state.to(placement.device)
-        self.bias_state, self._placement = self.bias_state.to(placement.device), placement
+        if index_name is not None:
+            self.weight_state = self.weight_state.to(placement.device)
+            self.bias_state = self.bias_state.to(placement.device)
+
+    def _draw(self) -> None:
+        """Initial weights: rows of a matrix (C, D) that is a function of C, D and seed."""
+        generator, begin = torch.Generator().manual_seed(self._seed), self.shard.begin if self.shard else 0
+        deviation = 1 / math.sqrt(self.in_features)
+        draw_normal(self.weight, deviation, generator, begin=begin, num_rows=self.num_classes)
+        # One-vs-all starts from "hardly any class is true"; from 0 the first epochs would only push C scores down.
+        self.bias.fill_(-math.log(self.num_classes) if self.loss == "logistic" else 0.0)
+
+    def _forget(self) -> None:
+        """A state of the optimiser that no step has touched, where the weights are."""
+        self.weight_state = RowState.zeros_like(self.weight, self._optimizer)
+        self.bias_state = RowState.zeros_like(self.bias, self._optimizer)
 
     def score(self, hidden_ND: torch.Tensor, labels: CsrArrays | DeviceLabels, step: int) -> Scored:
         """Loss of every row over its active classes, and the gradient of their mean that `update` will apply.
@@ -171,25 +192,3 @@ class SampledHead(nn.Module):
             )
         rows = Rows(self.weight, self.bias)
         return best_candidates(rows, hidden_ND, candidates_NA, k, self._placement.kernels)
-
-
-def _initial_weight(
-    in_features: int, num_classes: int, seed: int, shard: Shard | None, dtype: torch.dtype
-) -> torch.Tensor:
-    """The rows of the shard, of a matrix that is a function of the other arguments: (C, D), drawn in float32."""
-    generator, deviation = torch.Generator().manual_seed(seed), 1 / math.sqrt(in_features)
-    if shard is None and dtype == torch.float32:
-        return torch.empty(num_classes, in_features).normal_(0, deviation, generator=generator)
-    start, stop = (0, num_classes) if shard is None else (shard.begin, shard.end)
-    own, first = torch.empty(stop - start, in_features, dtype=dtype), 0
-    while first < stop:
-        # torch draws sixteen numbers at a time, so pieces of a multiple of 16 give what the whole would. A last one of
-        # less than 16 numbers would be drawn one by one: it is joined to the one before.
-        left = num_classes - first
-        piece = torch.empty(left if left < 2 * INITIAL_ROWS else INITIAL_ROWS, in_features)
-        piece.normal_(0, deviation, generator=generator)
-        begin, end = max(first, start), min(first + len(piece), stop)
-        if begin < end:
-            own[begin - start : end - start] = piece[begin - first : end - first]
-        first += len(piece)
-    return own

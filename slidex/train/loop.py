@@ -24,6 +24,7 @@ from slidex.errors import CollapseWarning, InterruptedRunError, LostPeerError
 from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
 from slidex.metrics import MetricAccumulator
+from slidex.nn import placement as placements
 from slidex.nn.class_record import NEGATIVE, SEEN, ClassRecord
 from slidex.nn.classifier import Classifier
 from slidex.nn.rehash import Rehasher
@@ -134,11 +135,12 @@ class Trainer:
         self.num_classes = dataset.num_classes
         self.rows, self.valid = split_rows(dataset, config)
         self.shard = self.ranks.shard(dataset.num_classes)
-        self.model = Classifier.from_config(
-            config, dataset.num_features, dataset.num_classes, self.class_counts, self.shard
-        )
+        self.placement = placements.place(torch.device(config.device))
+        sizes = dataset.num_features, dataset.num_classes, self.class_counts
+        device = "cpu" if self.placement.waits else "meta"  # drawn on a GPU, once it is known to have room
+        self.model = Classifier.from_config(config, *sizes, self.shard, device=device)
         self.record = ClassRecord(len(self.model.head.weight))  # of this process's classes
-        self.placement = place_model(self.model, self.record, config, dataset)
+        place_model(self.model, self.record, self.placement, config, dataset)
         self._loss = LossCheck(self.placement, config.learning_rate)
         rules = self.model.encoder.rules
         self._reader = BatchReader(self.train_split, self.rows, config, rules, self.placement)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from slidex.kernels.optimizer import state_size
-from slidex.nn import placement as placements
 from slidex.nn.memory import index_bytes, layer_advice, optimizer_bytes, require_memory, step_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from slidex.data import Dataset
     from slidex.nn.class_record import ClassRecord
     from slidex.nn.classifier import Classifier
@@ -18,24 +17,23 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
 
 
-def place_model(model: Classifier, record: ClassRecord, config: TrainConfig, dataset: Dataset) -> Placement:
-    """Moves a model and the record of its classes to the device that the settings ask for, and says where that is.
+def place_model(
+    model: Classifier, record: ClassRecord, placement: Placement, config: TrainConfig, dataset: Dataset
+) -> None:
+    """Moves a model and the record of its classes to a GPU; one that has no weights yet draws them there.
 
     Raises:
         ConfigError: Something of the model works on the CPU alone.
-        DeviceError: The GPU has too little memory, or cannot be used.
-        MissingExtraError: Packages for it are not installed.
+        DeviceError: The GPU has too little memory.
     """
-    placement = placements.place(torch.device(config.device))
     if not placement.waits:
         _require_memory(model, config, dataset, placement.device)
         model.place(placement, config.index)
         record.place(placement)
-    return placement
 
 
 def _require_memory(model: Classifier, config: TrainConfig, dataset: Dataset, device: torch.device) -> None:
-    """Raises DeviceError unless a GPU has room for a model that is on the CPU yet, and for what trains it.
+    """Raises DeviceError unless a GPU has room for a model that is not there yet, and for what trains it.
 
     A step's labels are taken to be twice as many as the training rows have on average.
     """

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from slidex.data import Dataset
     from slidex.data.vectorizers import Vectorizer
     from slidex.lsh import CandidateIndex
+    from slidex.nn.placement import Placement
     from slidex.nn.ranker import LinearRanker
 
 FORMAT, VERSION = "slidex-run", 1
@@ -267,26 +268,35 @@ class Run:
             )
         return found.ranker(self.config, self.class_counts(), self.meta["train_rows"])
 
-    def network(self, checkpoint: Checkpoint | None = None, *, on_cpu: bool = True) -> Classifier:
-        """The trained model, on the CPU, without ranker and with no index built.
+    def network(self, checkpoint: Checkpoint | None = None, placement: Placement | None = None) -> Classifier:
+        """The trained model, without ranker and with no index built; it cannot go on to train.
 
         Args:
             checkpoint: As in `model`, with its errors.
-            on_cpu: Whether it is to work there: class weights of 16 bits are then widened to float32, which is exact.
+            placement: Where it is to work. None is the CPU, where class weights of 16 bits are widened to float32: the
+                same numbers.
+
+        Raises:
+            DeviceError: The GPU has too little memory for the weights.
         """
         checkpoint, config = checkpoint or self.checkpoint(), self.config
-        if on_cpu:
+        if placement is None or placement.waits:
             config = replace(config, weight_dtype="float32")
-        model = Classifier.from_config(
-            config, self.meta["num_features"], self.meta["num_classes"], self.class_counts()
-        )
+        sizes = self.meta["num_features"], self.meta["num_classes"], self.class_counts()
+        model = Classifier.from_config(config, *sizes, device="meta")
+        device = torch.device("cpu") if placement is None else placement.device
+        weights = sum(p.nbytes for part in (model.encoder, model.head) for p in part.parameters())
+        require_memory({"weights": weights}, device, "Use another GPU, or the CPU.")
         for name, module in (("encoder", model.encoder), ("head", model.head)):
+            module.to_empty(device=device)  # of which the checkpoint fills all, or is refused
             try:
                 module.load_state_dict(checkpoint.tensors(name))
             except RuntimeError as error:
                 raise CheckpointError(
                     f"{checkpoint.path / name}.safetensors: does not fit run.json: {error}"
                 ) from error
+        if placement is not None:
+            model.place(placement)
         return model
 
     def model(
@@ -312,12 +322,7 @@ class Run:
         check_device(device)
         placement = placements.place(torch.device(device))
         checkpoint = checkpoint or self.checkpoint()
-        model = self.network(checkpoint, on_cpu=placement.waits)
-        model = replace(model, ranker=self.ranker(checkpoint))
-        if not placement.waits:
-            weights = sum(p.nbytes for part in (model.encoder, model.head) for p in part.parameters())
-            require_memory({"weights": weights}, placement.device, "Use another GPU, or the CPU.")
-            model.place(placement)
+        model = replace(self.network(checkpoint, placement), ranker=self.ranker(checkpoint))
         if not indexed:
             return model
         if tuned := self.tuned(checkpoint):

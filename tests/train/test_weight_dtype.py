@@ -12,7 +12,7 @@ import slidex
 from slidex.errors import CheckpointError, ConfigError, DeviceError
 from slidex.kernels import reference
 from slidex.nn import memory
-from slidex.nn.head import INITIAL_ROWS, SampledHead
+from slidex.nn.head import SampledHead
 from slidex.train import placing
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
@@ -103,6 +103,21 @@ def test_a_run_of_before_there_was_a_choice_is_float32(easy_data, tmp_path):
     assert slidex.Run.open(run.path).model().head.weight.dtype == torch.float32
 
 
+def test_a_model_that_predicts_is_read_where_it_is_to_be(easy_data, tmp_path, gpu, monkeypatch):
+    """No initial weights are drawn for it, and it has no state of an optimizer."""
+    run = slidex.fit(easy_data, tmp_path / "run", narrow(mode="shared"))
+    monkeypatch.setattr("slidex.nn.head.draw_normal", None)
+    monkeypatch.setattr("slidex.nn.encoder.draw_normal", None)
+    for device in ("cpu", "cuda"):
+        model = run.model(device=device)
+        assert torch.equal(model.head.weight.float(), tensors(run)["head.weight"].float())
+        states = (model.head.weight_state, model.head.bias_state, model.encoder.bag_state)
+        assert {moment.device.type for state in states for moment in state} == {"meta"}
+    monkeypatch.setattr(memory, "free_bytes", lambda _: (10**8, 10**9))
+    with pytest.raises(DeviceError, match=r"about 0\.27 GB are needed: weights 0\.00 GB"):
+        run.model(device="cuda")
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_prediction_on_the_cpu_widens_the_very_same_weights(easy_data, tmp_path, gpu, indexed):
     run = slidex.fit(easy_data, tmp_path / "run", narrow(mode="shared"))
@@ -133,11 +148,10 @@ def test_probabilities_are_those_of_the_cpu(easy_data, tmp_path, gpu):
 
 def test_initial_weights_are_those_of_float32_rounded(monkeypatch):
     wide = SampledHead(16, 3000, mode="exact", seed=4).weight
-    monkeypatch.setattr("slidex.nn.head.INITIAL_ROWS", 256)
+    monkeypatch.setattr("slidex.nn.initial_weights.BLOCK_BYTES", 1 << 14)
     head = SampledHead(16, 3000, mode="exact", seed=4, weight_dtype=torch.bfloat16)
     assert torch.equal(head.weight, wide.bfloat16())
     assert head.bias.dtype == head.weight_state.moment1.dtype == torch.float32
-    assert INITIAL_ROWS % 16 == 0
 
 
 def test_the_memory_that_is_asked_for_counts_half_the_weights(easy_data, gpu, monkeypatch):
