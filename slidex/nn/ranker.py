@@ -151,7 +151,7 @@ def row_tensors(x: CsrArrays) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     return _tensor(x.indptr), _tensor(x.indices), _tensor(x.values)
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
+def _tensor(array: np.ndarray | None) -> torch.Tensor:
     """The same memory, but a copy of an array that is only to be read, as of a mapped file: torch warns of those."""
     return torch.from_numpy(np.require(array, requirements="W"))
 
