@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from slidex.nn.placement import Placement
     from slidex.nn.ranker import LinearRanker
 
-FORMAT, VERSION = "slidex-run", 1
+FORMAT, VERSION = "slidex-run", 2
 META_FIELDS = {
     "slidex": str,
     "torch": str,
