@@ -155,15 +155,42 @@ def search() -> NeighborSearch:
     return neighbor_search(random_rows(80, 6), labels)
 
 
+def rows_of(*rows: dict[int, float]) -> CsrArrays:
+    indptr = np.cumsum([0, *map(len, rows)])
+    indices = np.array([f for row in rows for f in row], dtype=np.int32)
+    return CsrArrays(
+        indptr, indices, np.array([v for row in rows for v in row.values()], dtype=np.float32), 3
+    )
+
+
+def own_classes(*classes: int) -> CsrArrays:
+    return CsrArrays(np.arange(len(classes) + 1), np.array(classes, dtype=np.int32), None, max(classes) + 1)
+
+
 def test_neighbours_vote_with_the_fourth_power_of_their_cosine() -> None:
-    """Cosines with the first row are 1, 0.8 and 0.6: class 2 has the second and third, class 1 the first."""
-    labels = CsrArrays(np.array([0, 1, 2, 3]), np.array([1, 2, 2], dtype=np.int32), None, 4)
-    rows = np.array([0, 1, 3, 5]), np.array([0, 0, 1, 0, 1], dtype=np.int32)
-    x = CsrArrays(*rows, np.array([3, 4, 3, 6, 8], dtype=np.float32), 3)
-    found = neighbor_search(x, labels)
-    first = x.slice(0, 1)
-    assert found.classes(first, 3).tolist() == [[1, 2, -1]]  # 1 > 0.8^4 + 0.6^4; not so for squares
+    """Cosines with the first row are 1, 0.8 and 0.8: class 2 has the second and third, class 1 the first."""
+    x = rows_of({0: 3}, {0: 4, 1: 3}, {0: 8, 2: 6})
+    found, first = neighbor_search(x, own_classes(1, 2, 2)), x.slice(0, 1)
+    assert found.classes(first, 3).tolist() == [[1, 2, -1]]  # 1 > 2 * 0.8^4, but not so for squares
     assert found.classes(first, 3, torch.tensor([0])).tolist() == [[2, -1, -1]]
+
+
+def test_fifty_neighbours_vote() -> None:
+    found = neighbor_search(rows_of(*[{0: 1.0}] * 60), own_classes(*range(60)))
+    ids_NB = found.classes(rows_of({0: 1.0}), 60)
+    assert ids_NB.tolist() == [[*range(50), *[-1] * 10]]  # of equal rows the first
+
+
+def test_a_row_is_read_up_to_four_fifths_of_its_squares() -> None:
+    found = neighbor_search(rows_of({0: 1}, {1: 1}, {2: 1}), own_classes(0, 1, 2))
+    assert found.classes(rows_of({0: 0.7, 1: 0.55, 2: 0.45}), 3).tolist() == [
+        [0, 1, 2]
+    ]  # squares 0.49, 0.30, 0.20
+    assert found.classes(rows_of({0: 0.8, 1: 0.5, 2: 0.33}), 3).tolist() == [[0, 1, -1]]  # 0.64, 0.25, 0.11
+
+
+def test_a_search_refuses_labels_of_other_rows_or_classes() -> None:
+    found = neighbor_search(rows_of({0: 1}, {1: 1}), own_classes(0, 2))
     with pytest.raises(ConfigError, match=r"'labels' .* ids"):
         replace(found, num_classes=2)
     with pytest.raises(ConfigError, match="'label_indptr'"):

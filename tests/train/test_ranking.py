@@ -18,7 +18,7 @@ from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
-from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors, without
+from slidex.nn.ranker import NeighborSearch, class_pairs, neighbor_search, row_tensors, without
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
 from slidex.train.kept_ranker import load_ranker
@@ -152,6 +152,20 @@ def test_fitted_rows_are_those_of_network_and_neighbours(data, tmp_path):
     assert run.model().ranker.proposed == 5
     size = f"index of training rows ({kept.search.nbytes / 1e6:.1f} MB)"
     assert size in run_facts(run.path, verify=False)["ranker"]
+
+
+def test_no_training_row_is_a_neighbour_of_its_own(data, tmp_path, monkeypatch):
+    told, classes = [], NeighborSearch.classes
+
+    def spy(search, x, count, own_N=None):
+        told.append(own_N)
+        return classes(search, x, count, own_N)
+
+    monkeypatch.setattr(NeighborSearch, "classes", spy)
+    monkeypatch.setattr(ranking, "PREDICT_ROWS", 700)
+    slidex.fit(data, tmp_path / "run", config(ranker_neighbors=5))
+    assert torch.equal(torch.cat(told), torch.arange(1500))
+    assert len(told) == 3
 
 
 def test_indexed_prediction_and_mistakes_use_it(data, tmp_path):
