@@ -207,7 +207,7 @@ def _finish(
 def _failing_as_checkpoint_error(final: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the second in safetensors
         raise CheckpointError(f"{final}: cannot be written: {error}.") from error
 
 

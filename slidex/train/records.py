@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
@@ -51,7 +52,7 @@ def write_record(
         whole = {"format": kind[0], "version": kind[1], "slidex": slidex.__version__, **body, "files": files}
         write_atomically(file, json.dumps(whole | {"checksum": _digest(whole)}, indent=1))
         sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the second in safetensors
         raise CheckpointError(f"{folder}: cannot be written: {error}.") from error
     for old in folder.glob("state_*.safetensors"):
         if old.name not in files:
@@ -130,8 +131,7 @@ def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str
         sync(temporary / "state")
         (temporary / "state").replace(folder / name)
     finally:
-        (temporary / "state").unlink(missing_ok=True)
-        temporary.rmdir()
+        shutil.rmtree(temporary)
     sync(folder)
     return {name: record}
 

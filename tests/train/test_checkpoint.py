@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from slidex.errors import CheckpointError
 from slidex.train import checkpoint as module
@@ -47,15 +48,24 @@ def test_damage_is_found_and_named(tmp_path, name, damage):
         saved.verify()
 
 
-@pytest.mark.parametrize("call", ["save_file", "sync", "record_files"])
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("save_file", OSError(28, "No space left on device")),
+        ("save_file", SafetensorError("I/O error: No space left on device")),
+        ("sync", OSError(28, "No space left on device")),
+        ("record_files", OSError(28, "No space left on device")),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch, call, nth):
+def test_a_failing_disk_leaves_nothing_behind(tmp_path, monkeypatch, call, error, nth):
     real, calls = getattr(module, call), []
 
     def failing(*args):
         calls.append(args)
         if len(calls) == nth:
-            raise OSError(28, "No space left on device")
+            raise error
         return real(*args)
 
     save_checkpoint(tmp_path, 1, TENSORS, {"step": 1})

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import slidex
 from slidex.cli.inspect import run_facts
@@ -268,15 +269,22 @@ def test_damage_is_refused(data, tmp_path):
             damaged(change).model()
 
 
-def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("write_atomically", OSError("no space left")), ("save_file", SafetensorError("no space left"))],
+    ids=repr,
+)
+def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch, call, error):
     kept = load_ranker(run.path)
     kept_ranker.save_ranker(tmp_path, kept)
     before = sorted(tmp_path.rglob("*"))
 
-    def fail(*_):
-        raise OSError("no space left")
+    def fail(tensors, file):
+        if call == "save_file":
+            file.with_name("half").write_bytes(b"half")
+        raise error
 
-    monkeypatch.setattr("slidex.train.records.write_atomically", fail)
+    monkeypatch.setattr(f"slidex.train.records.{call}", fail)
     with pytest.raises(CheckpointError, match="no space left"):
         kept_ranker.save_ranker(tmp_path, kept)
     monkeypatch.undo()
