@@ -15,13 +15,14 @@ from slidex.kernels.cuda.environment import require_device
 from slidex.kernels.inverted_index import InvertedIndex
 from slidex.kernels.linear_weights import LinearWeights
 from slidex.kernels.optimizer import OPTIMIZERS, RowState, StepSettings
+from slidex.kernels.row_labels import RowLabels
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import torch
 
-__all__ = ["OPTIMIZERS", "InvertedIndex", "LinearWeights", "RowState", "StepSettings", "get"]
+__all__ = ["OPTIMIZERS", "InvertedIndex", "LinearWeights", "RowLabels", "RowState", "StepSettings", "get"]
 
 _MODULES = {name: f"slidex.kernels.{name}" for name in ("cpu", "cuda", "reference")}
 

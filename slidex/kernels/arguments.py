@@ -141,3 +141,12 @@ def check_part(
         refuse_part(
             owner, name, f"contiguous, of dtype {kinds[0]} and shape {shape}", (tensor.dtype, *tensor.shape)
         )
+
+
+def check_lists(owner: str, indptr: torch.Tensor, name: str, ids: torch.Tensor, bound: int) -> None:
+    """Refuses offsets that do not rise from 0 to the number of ids, and ids that are not below a bound."""
+    if indptr[0] != 0 or indptr[-1] != len(ids) or bool((indptr[1:] < indptr[:-1]).any()):
+        refuse_part(owner, "indptr", f"rising from 0 to {len(ids)}", indptr)
+    low, high = (int(i) for i in torch.aminmax(ids)) if len(ids) else (0, 0)
+    if low < 0 or high >= max(bound, 1):
+        refuse_part(owner, name, f"ids in [0, {bound})", (low, high))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slidex.kernels.arguments import check_part, refuse_part
+from slidex.kernels.arguments import check_lists, check_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,11 +35,7 @@ class InvertedIndex:
             ("values", (torch.float32, torch.float64), (len(self.values),)),
         ):
             check_part("InvertedIndex", name, getattr(self, name), kinds, dims)
-        if self.indptr[0] != 0 or self.indptr[-1] != len(self.rows) or bool((self.indptr.diff() < 0).any()):
-            refuse_part("InvertedIndex", "indptr", f"rising from 0 to {len(self.rows)}", self.indptr)
-        low, high = (int(c) for c in torch.aminmax(self.rows)) if len(self.rows) else (0, 0)
-        if low < 0 or high >= max(self.num_rows, 1):
-            refuse_part("InvertedIndex", "rows", f"ids in [0, {self.num_rows})", (low, high))
+        check_lists("InvertedIndex", self.indptr, "rows", self.rows, self.num_rows)
 
     @property
     def num_features(self) -> int:

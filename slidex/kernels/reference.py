@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slidex.kernels.optimizer import RowState, StepSettings
+    from slidex.kernels.row_labels import RowLabels
 
 
 def embedding_bag(
@@ -266,11 +267,11 @@ def nearest_rows(
 
 
 def neighbor_classes(
-    near_QK: Tensor, weights_QK: Tensor, label_indptr: Tensor, labels: Tensor, num_classes: int, count: int
+    near_QK: Tensor, weights_QK: Tensor, labels: RowLabels, count: int
 ) -> tuple[Tensor, Tensor]:
     """The classes of largest ``sum_k weights[q, k] * [c is a class of near[q, k]]``, of those above 0."""
-    true_NC = weights_QK.new_zeros(len(label_indptr) - 1, num_classes)
-    true_NC[_rows(label_indptr), labels.long()] = 1
+    true_NC = weights_QK.new_zeros(labels.num_rows, labels.num_classes)
+    true_NC[_rows(labels.indptr), labels.classes.long()] = 1
     weight_QN = weights_QK.new_zeros(len(near_QK), len(true_NC) + 1)  # the last is for pads
     weight_QN.scatter_add_(1, near_QK.long().where(near_QK >= 0, len(true_NC)), weights_QK)
     return _best_above_0(weight_QN[:, :-1] @ true_NC, count)

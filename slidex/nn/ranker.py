@@ -19,6 +19,8 @@ import numba
 import numpy as np
 import torch
 
+from slidex.errors import ConfigError
+from slidex.kernels import RowLabels
 from slidex.kernels.cpu import inverted_index, linear_scores, nearest_rows, neighbor_classes
 
 if TYPE_CHECKING:
@@ -41,22 +43,21 @@ class NeighborSearch:
 
     Args:
         index: Of N training rows of unit L2 norm over the F input features.
-        label_indptr: int64 (N + 1,), the true classes of the training rows.
-        labels: int32 (nnz,), in [0, C).
-        num_classes: C.
+        labels: Their true classes.
 
     Raises:
-        ConfigError: The labels are not those of so many rows and classes.
+        ConfigError: The labels are of another number of rows.
     """
 
     index: InvertedIndex
-    label_indptr: torch.Tensor
-    labels: torch.Tensor
-    num_classes: int
+    labels: RowLabels
 
     def __post_init__(self) -> None:
-        nothing = torch.empty(0, 1, dtype=torch.int64)
-        self._classes(nothing, torch.empty(0, 1), 1)
+        if self.index.num_rows != self.labels.num_rows:
+            rows = self.labels.num_rows
+            raise ConfigError(
+                f"The 'labels' parameter of NeighborSearch must be of {self.index.num_rows} rows. Got {rows} instead."
+            )
 
     def classes(self, x: CsrArrays, count: int, own_N: torch.Tensor | None = None) -> torch.Tensor:
         """The classes with the most votes of a row's neighbours, best first: int64 (N, count), padded with -1.
@@ -68,16 +69,12 @@ class NeighborSearch:
         """
         rows = row_tensors(x.unit_rows())
         near_NK, cosine_NK = nearest_rows(self.index, *rows, NEIGHBORS, share=SHARE, own_Q=own_N)
-        return self._classes(near_NK, cosine_NK**POWER, count)
-
-    def _classes(self, near_NK: torch.Tensor, weights_NK: torch.Tensor, count: int) -> torch.Tensor:
-        arrays = self.label_indptr, self.labels, self.num_classes
-        return neighbor_classes(near_NK, weights_NK, *arrays, count)[0]
+        return neighbor_classes(near_NK, cosine_NK**POWER, self.labels, count)[0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return self.index.nbytes + self.label_indptr.nbytes + self.labels.nbytes
+        return self.index.nbytes + self.labels.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +156,8 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor:
 def neighbor_search(x: CsrArrays, labels: CsrArrays) -> NeighborSearch:
     """A search over these training rows and their true classes."""
     index = inverted_index(*row_tensors(x.unit_rows()), x.num_columns, longest=LONGEST)
-    return NeighborSearch(index, _tensor(labels.indptr), _tensor(labels.indices), labels.num_columns)
+    kept = RowLabels(_tensor(labels.indptr), _tensor(labels.indices), labels.num_columns)
+    return NeighborSearch(index, kept)
 
 
 def without(found_NB: torch.Tensor, ids_NA: torch.Tensor) -> torch.Tensor:

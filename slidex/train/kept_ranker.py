@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from slidex.errors import CheckpointError, ConfigError
-from slidex.kernels import InvertedIndex, LinearWeights
+from slidex.kernels import InvertedIndex, LinearWeights, RowLabels
 from slidex.metrics import propensities
 from slidex.nn.ranker import LinearRanker, NeighborSearch, known_classes
 from slidex.train.records import load_tensors, read_record, write_record
@@ -83,9 +83,9 @@ def save_ranker(run: Path, kept: KeptRanker) -> None:
     body = {"step": kept.step, "rows": kept.rows, "pairs": kept.pairs, "num_features": weights.num_features}
     tensors = {name: getattr(weights, name) for name in ("indptr", "features", "values", "bias")}
     if kept.search is not None:
-        index = kept.search.index
+        index, labels = kept.search.index, kept.search.labels
         lists = {"indptr": index.indptr, "rows": index.rows, "values": index.values}
-        lists |= {"label_indptr": kept.search.label_indptr, "labels": kept.search.labels}
+        lists |= {"label_indptr": labels.indptr, "labels": labels.classes}
         tensors |= {NEIGHBORS + name: tensor for name, tensor in lists.items()}
     write_record(run / FOLDER / FILE, KIND, body, tensors)
 
@@ -105,8 +105,8 @@ def load_ranker(run: Path) -> KeptRanker | None:
     try:
         weights, search = LinearWeights(**tensors, num_features=body["num_features"]), None
         if lists:
-            labels = lists.pop("label_indptr"), lists.pop("labels"), len(weights.bias)
-            search = NeighborSearch(InvertedIndex(**lists, num_rows=body["rows"]), *labels)
+            labels = RowLabels(lists.pop("label_indptr"), lists.pop("labels"), len(weights.bias))
+            search = NeighborSearch(InvertedIndex(**lists, num_rows=body["rows"]), labels)
             if search.index.num_features != weights.num_features:
                 raise ConfigError(
                     f"an index of {search.index.num_features} features for {weights.num_features}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from slidex.errors import ConfigError
-from slidex.kernels import InvertedIndex, cpu, reference
+from slidex.kernels import InvertedIndex, RowLabels, cpu, reference
 from tests.kernels.cases import sparse_rows
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
 Kernel = Any
 
 
-def labels_of(rows: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Offsets and classes of rows; row 0 has none."""
+def labels_of(rows: int, classes: int, seed: int) -> RowLabels:
+    """Row 0 has none."""
     rng = np.random.default_rng(seed)
     chosen = [
         np.sort(rng.choice(classes, rng.integers(1, min(classes, 6) + 1), replace=False)) for _ in range(rows)
     ]
     chosen[0] = chosen[0][:0]
     indptr = torch.from_numpy(np.concatenate([[0], np.cumsum([len(ids) for ids in chosen])]))
-    return indptr, torch.from_numpy(np.concatenate(chosen)).int()
+    return RowLabels(indptr, torch.from_numpy(np.concatenate(chosen)).int(), classes)
 
 
 def assert_index_parity(
@@ -71,7 +72,7 @@ def assert_vote_parity(
     near_QK = torch.from_numpy(np.stack([rng.permutation(rows)[:k] for _ in range(25)]))
     near_QK[torch.from_numpy(rng.random(near_QK.shape) < 0.2)] = -1
     weights_QK = torch.from_numpy(rng.random(near_QK.shape) * (rng.random(near_QK.shape) < 0.9))
-    arguments = near_QK, weights_QK, *labels_of(rows, classes, seed), classes, count
+    arguments = near_QK, weights_QK, labels_of(rows, classes, seed), count
     got_QB, votes_QB = vote(*arguments)
     want_QB, best_QB = reference.neighbor_classes(*arguments)
     torch.testing.assert_close(votes_QB, best_QB, rtol=1e-12, atol=1e-14)
@@ -168,7 +169,9 @@ BROKEN: dict[str, tuple[Callable[..., None], Kernel]] = {
     ),
     "one class less": (
         assert_vote_parity,
-        lambda n, w, p, labels, *a: cpu.neighbor_classes(n, w, p, labels.clamp(max=38), *a),
+        lambda n, w, labels, count: cpu.neighbor_classes(
+            n, w, replace(labels, classes=labels.classes.clamp(max=38)), count
+        ),
     ),
 }
 
@@ -198,10 +201,8 @@ def test_equal_ones_are_ordered_by_id() -> None:
     index = cpu.inverted_index(*ones, 2, longest=2)
     assert index.rows.tolist() == [0, 1, 0, 1]  # of three alike the first two
     assert cpu.nearest_rows(index, *ones, 1)[0].tolist() == [[0], [0], [0]]
-    labels = torch.tensor([0, 3]), torch.tensor([1, 4, 7])
-    assert cpu.neighbor_classes(torch.zeros(1, 1).long(), torch.ones(1, 1), *labels, 9, 2)[0].tolist() == [
-        [1, 4]
-    ]
+    labels = RowLabels(torch.tensor([0, 3]), torch.tensor([1, 4, 7]).int(), 9)
+    assert cpu.neighbor_classes(torch.zeros(1, 1).long(), torch.ones(1, 1), labels, 2)[0].tolist() == [[1, 4]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -214,7 +215,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
         for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
             numba.set_num_threads(threads)
             near = cpu.nearest_rows(index, *rows, 10, share=0.9, own_Q=torch.arange(200))
-            found.append((*near, *cpu.neighbor_classes(*near, *labels_of(200, 300, 5), 300, 20)))
+            found.append((*near, *cpu.neighbor_classes(*near, labels_of(200, 300, 5), 20)))
     finally:
         numba.set_num_threads(before)
     assert found[0][1].dtype == dtype
@@ -230,7 +231,7 @@ def test_no_rows_and_no_classes() -> None:
     asked = torch.tensor([0, 1]), torch.tensor([3]), torch.ones(1)
     near_QK, products_QK = cpu.nearest_rows(index, *asked, 2)
     assert near_QK.tolist() == [[-1, -1]]
-    found = cpu.neighbor_classes(near_QK, products_QK, *empty[:2], 0, 3)
+    found = cpu.neighbor_classes(near_QK, products_QK, RowLabels(*empty[:2], 0), 3)
     assert [part.tolist() for part in found] == [[[-1] * 3], [[0.0] * 3]]
 
 
@@ -254,7 +255,6 @@ def test_no_rows_and_no_classes() -> None:
             {"label_indptr": torch.tensor([0, 1, 3])},
             "'label_indptr' .* rising from 0 to 2",
         ),
-        ("neighbor_classes", {"labels": torch.tensor([0, 4])}, r"'labels' .* ids in \[0, 4\). Got 4"),
     ],
     ids=str,
 )
@@ -271,9 +271,7 @@ def test_what_does_not_fit_is_refused(kernel: str, change: dict[str, Any], messa
         "neighbor_classes": {
             "near_QK": torch.tensor([[1]]),
             "weights_QK": torch.ones(1, 1),
-            "label_indptr": torch.tensor([0, 1, 2]),
-            "labels": torch.tensor([0, 3]),
-            "num_classes": 4,
+            "labels": RowLabels(torch.tensor([0, 1, 2]), torch.tensor([0, 3]).int(), 4),
             "count": 1,
         },
     }[kernel]
@@ -303,3 +301,23 @@ def test_damaged_lists_are_refused(change: dict[str, Any], message: str) -> None
     assert InvertedIndex(**arguments).nbytes == 24 + 8 + 8
     with pytest.raises(ConfigError, match=message):
         InvertedIndex(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indptr": torch.tensor([0, 1, 3])}, "'indptr' .* rising from 0 to 2"),
+        ({"indptr": torch.tensor([0, 3, 2])}, "'indptr' .* rising"),
+        ({"indptr": torch.tensor([0, 1, 2]).int()}, "'indptr' .* torch.int64"),
+        ({"classes": torch.tensor([0, 4]).int()}, r"'classes' .* ids in \[0, 4\). Got \(0, 4\)"),
+        ({"classes": torch.tensor([-1, 0]).int()}, r"'classes' .* ids in \[0, 4\). Got \(-1, 0\)"),
+        ({"classes": torch.tensor([0, 1])}, "'classes' .* torch.int32"),
+    ],
+    ids=str,
+)
+def test_damaged_labels_are_refused(change: dict[str, Any], message: str) -> None:
+    arguments = {"indptr": torch.tensor([0, 1, 2]), "classes": torch.tensor([0, 3]).int(), "num_classes": 4}
+    kept = RowLabels(**arguments)
+    assert (kept.num_rows, kept.nbytes) == (2, 24 + 8)
+    with pytest.raises(ConfigError, match=message):
+        RowLabels(**(arguments | change))

@@ -189,12 +189,10 @@ def test_a_row_is_read_up_to_four_fifths_of_its_squares() -> None:
     assert found.classes(rows_of({0: 0.8, 1: 0.5, 2: 0.33}), 3).tolist() == [[0, 1, -1]]  # 0.64, 0.25, 0.11
 
 
-def test_a_search_refuses_labels_of_other_rows_or_classes() -> None:
-    found = neighbor_search(rows_of({0: 1}, {1: 1}), own_classes(0, 2))
-    with pytest.raises(ConfigError, match=r"'labels' .* ids"):
-        replace(found, num_classes=2)
-    with pytest.raises(ConfigError, match="'label_indptr'"):
-        replace(found, label_indptr=found.label_indptr[:-1])
+def test_a_search_refuses_labels_of_other_rows() -> None:
+    found, other = (neighbor_search(rows_of(*[{0: 1}] * n), own_classes(*range(n))) for n in (2, 3))
+    with pytest.raises(ConfigError, match=r"'labels' .* of 2 rows\. Got 3"):
+        replace(found, labels=other.labels)
 
 
 @pytest.mark.parametrize("indexed", [False, True])

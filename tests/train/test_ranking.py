@@ -17,6 +17,7 @@ from slidex.cli.inspect import run_facts
 from slidex.cli.training_display import TrainingDisplay
 from slidex.data import CsrArrays, DatasetWriter
 from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
+from slidex.kernels import RowLabels
 from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
 from slidex.nn.ranker import NeighborSearch, class_pairs, neighbor_search, row_tensors, without
@@ -254,7 +255,8 @@ def test_damage_is_refused(data, tmp_path):
 
     def other_labels(file, _state):
         kept = load_ranker(file.parents[1])
-        search = replace(kept.search, num_classes=1000, labels=kept.search.labels + 200)
+        labels = RowLabels(kept.search.labels.indptr, kept.search.labels.classes + 200, 1000)
+        search = replace(kept.search, labels=labels)
         kept_ranker.save_ranker(file.parents[1], replace(kept, search=search))
 
     for change, message in (

@@ -7,6 +7,8 @@ the index.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numba
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments
 from slidex.kernels.inverted_index import InvertedIndex
+
+if TYPE_CHECKING:
+    from slidex.kernels.row_labels import RowLabels
 
 _BINS = 1024  # of sums, to find the k largest among thousands
 
@@ -117,9 +122,7 @@ def nearest_rows(
 def neighbor_classes(
     near_QK: torch.Tensor,
     weights_QK: torch.Tensor,
-    label_indptr: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
+    labels: RowLabels,
     count: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The classes with the most votes, each neighbour giving its weight to all of its classes; equal ones by id.
@@ -129,9 +132,7 @@ def neighbor_classes(
     Args:
         near_QK: int32 or int64, the neighbours of Q rows among N, each at most once in a row; -1 for none.
         weights_QK: float32 or float64, above or equal to 0.
-        label_indptr: int64 (N + 1,), the classes of the N rows.
-        labels: int32 or int64 (nnz,), in [0, C), each at most once in a row.
-        num_classes: C.
+        labels: The classes of the N rows, of C.
         count: Classes for each row, B; at least 1.
 
     Returns:
@@ -139,20 +140,20 @@ def neighbor_classes(
         pads.
 
     Raises:
-        ConfigError: A shape, dtype, offset or id does not fit, or a number is out of its range.
+        ConfigError: A shape, dtype or id does not fit, or a number is out of its range.
     """
     check = Arguments("neighbor_classes", weights_QK.dtype)
     if count < 1:
         check.fail("count", "at least 1", count)
-    shape, num_labelled, nnz = tuple(near_QK.shape), max(len(label_indptr) - 1, 0), len(labels)
+    shape = tuple(near_QK.shape)
     ids_QB = torch.empty(len(near_QK), count, dtype=torch.int64)
     votes_QB = weights_QK.new_empty(len(near_QK), count)
     _vote(
-        check.ids("near_QK", near_QK, shape, -1, num_labelled),
+        check.ids("near_QK", near_QK, shape, -1, labels.num_rows),
         check.floats("weights_QK", weights_QK, shape),
-        check.offsets("label_indptr", label_indptr, num_labelled, nnz),
-        check.ids("labels", labels, (nnz,), 0, num_classes),
-        num_classes,
+        labels.indptr.numpy(),
+        labels.classes.numpy(),
+        labels.num_classes,
         _chunks(len(near_QK)),
         ids_QB.numpy(),
         votes_QB.numpy(),
