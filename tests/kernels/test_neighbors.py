@@ -250,11 +250,6 @@ def test_no_rows_and_no_classes() -> None:
         ("neighbor_classes", {"count": 0}, "'count' parameter of neighbor_classes must be at least 1"),
         ("neighbor_classes", {"near_QK": torch.tensor([[2]])}, r"'near_QK' .* ids in \[-1, 2\). Got 2"),
         ("neighbor_classes", {"weights_QK": torch.ones(2, 1)}, r"'weights_QK' .* of shape \(1, 1\)"),
-        (
-            "neighbor_classes",
-            {"label_indptr": torch.tensor([0, 1, 3])},
-            "'label_indptr' .* rising from 0 to 2",
-        ),
     ],
     ids=str,
 )
