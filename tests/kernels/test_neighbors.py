@@ -302,6 +302,7 @@ def test_damaged_lists_are_refused(change: dict[str, Any], message: str) -> None
     ("change", "message"),
     [
         ({"indptr": torch.tensor([0, 1, 3])}, "'indptr' .* rising from 0 to 2"),
+        ({"indptr": torch.tensor([1, 1, 2])}, "'indptr' .* rising from 0 to 2"),
         ({"indptr": torch.tensor([0, 3, 2])}, "'indptr' .* rising"),
         ({"indptr": torch.tensor([0, 1, 2]).int()}, "'indptr' .* torch.int64"),
         ({"classes": torch.tensor([0, 4]).int()}, r"'classes' .* ids in \[0, 4\). Got \(0, 4\)"),
