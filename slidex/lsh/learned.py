@@ -35,6 +35,7 @@ import numpy as np
 import torch
 
 from slidex.errors import DivergedError
+from slidex.kernels.dense_adam import DenseAdam
 from slidex.lsh.hash_index import register_hash_family
 from slidex.lsh.index import QuerySample, check_integer
 from slidex.lsh.simhash import SimHash, round_projections
@@ -205,7 +206,7 @@ class LearnedSimHash(SimHash):
     ) -> dict[str, torch.Tensor]:
         """Both maps after `steps` steps of Adam."""
         maps = {name: learned[name].clone().requires_grad_() for name in ("row_map", "query_map")}
-        adam = torch.optim.Adam(maps.values(), lr=_STEP_SIZE / self._in_features)
+        adam = DenseAdam(maps.values(), 0.9, 0.999, 1e-8)
         num_classes = len(weight_CD)
         order = torch.from_numpy(generator.permutation(len(queries.hidden_ND)))
         for step in range(self._steps):
@@ -225,7 +226,7 @@ class LearnedSimHash(SimHash):
             adam.zero_grad()
             floor = math.log(_LOAD_FLOOR * num_classes) - self.bits * math.log(2)
             _bucket_share_loss(query_NE, row_UE, target_NU, weight_U, self.bits, floor).backward()
-            adam.step()
+            adam.step(_STEP_SIZE / self._in_features)
         return {name: value.detach() for name, value in maps.items()}
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from slidex.kernels import RowState, StepSettings
 from slidex.nn import placement as placements
 from slidex.nn.bag_inputs import BagInputs, InputRules
-from slidex.nn.initial_weights import draw_normal
+from slidex.nn.initial_weights import allocate, draw_normal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class BagEncoder(nn.Module):
         """Goes where a model is to be; where it `trains`, with the state of its optimiser."""
         self._placement = placement
         if self.bag.device.type == "meta":
-            self.to_empty(device=placement.device)
+            allocate(self, placement.device)
             self._draw()
             self._forget()
             return

@@ -25,7 +25,7 @@ from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.lsh import exact_topk
 from slidex.nn import placement as placements
 from slidex.nn.candidates import label_weights
-from slidex.nn.initial_weights import draw_normal
+from slidex.nn.initial_weights import allocate, draw_normal
 from slidex.nn.scoring import Rows, Scored, Scorer, best_candidates
 from slidex.nn.smoothing import LabelMass
 
@@ -115,7 +115,7 @@ class SampledHead(nn.Module):
             self.scorer.place(placement, index_name)
         self._placement = placement
         if self.weight.device.type == "meta":
-            self.to_empty(device=placement.device)
+            allocate(self, placement.device)
             self._draw()
             self._forget()
             return

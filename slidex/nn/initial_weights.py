@@ -5,11 +5,27 @@ Legend: R rows of a matrix, M of them that a process keeps, D its width.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BLOCK_BYTES = 1 << 26
 """Of float32 numbers that are drawn at once."""
 _DRAWN_TOGETHER = 16
+
+
+def allocate(module: nn.Module, device: torch.device) -> None:
+    """Gives the parameters of a module on ``meta`` memory on a device, which holds no numbers yet.
+
+    As torch's ``to_empty``, which imports sympy: a second of every start.
+    """
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(part, name, torch.nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
 @torch.no_grad()

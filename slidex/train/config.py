@@ -93,7 +93,14 @@ class TrainConfig(SamplingSettings):
     ranker_cost: float = setting(
         1.0,
         "Cost of errors against the size of the ranker's weights (C of LIBLINEAR); raised by the root of 30 / n for a "
-        "class of n training rows, fewer than 30.",
+        "class of n training rows, fewer than 30, and lowered for one row where such classes seldom come again.",
+        low=1e-6,
+        high=1e6,
+    )
+    ranker_tolerance: float = setting(
+        0.5,
+        "How exactly the ranker is fitted: a class is done when the projected gradients of its rows lie within so much "
+        "of each other (tolerance of LIBLINEAR).",
         low=1e-6,
         high=1e6,
     )
@@ -189,8 +196,23 @@ _ACCURATE: dict[str, Any] = {
     **_RANKER,
     "ranker_tail": 1.0,
 }
+_FAST: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 512,
+    "learning_rate": 0.012,
+    **_RANKER,
+    "ranker_tail": 2.0,
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"epochs": 2, "batch_size": 512, "learning_rate": 0.012, **_RANKER, "ranker_tail": 2.0},
+    "fast": _FAST,
+    "millions": {
+        **_FAST,
+        "epochs": 3,
+        "ranker_neighbors": 200,
+        "ranker_weight": 16.0,
+        "ranker_tail": 0.0,
+        "ranker_tolerance": 0.1,
+    },
     "accurate": _ACCURATE,
     "tail": {**_ACCURATE, "ranker_tail": 4.0},
     "slide": {
@@ -215,8 +237,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """Settings by name, over the defaults: what docs/accuracy.md shows to be good for bag-of-words data in little time
-(`fast`), in more (`accurate`), and for rare classes (`tail`); network and sampling as in the SLIDE paper (`slide`);
-`make demo`'s own (`demo`)."""
+(`fast`), for millions of classes (`millions`), in more time (`accurate`), and for rare classes (`tail`); network and
+sampling as in the SLIDE paper (`slide`); `make demo`'s own (`demo`)."""
 
 
 def merge_settings(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from slidex.data.csr import CsrArrays
 from slidex.errors import CollapseWarning, InterruptedRunError, LostPeerError
 from slidex.kernels import StepSettings
 from slidex.kernels.compiling import compilations
+from slidex.kernels.dense_adam import DenseAdam
 from slidex.metrics import MetricAccumulator
 from slidex.nn import placement as placements
 from slidex.nn.class_record import NEGATIVE, SEEN, ClassRecord
@@ -38,7 +39,6 @@ from slidex.train.checkpoint import (
 )
 from slidex.train.config import TrainConfig
 from slidex.train.coverage import CollapseWatch
-from slidex.train.dense_adam import DenseAdam
 from slidex.train.distributed import Solo
 from slidex.train.loss_check import LossCheck
 from slidex.train.placing import place_model

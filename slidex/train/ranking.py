@@ -31,14 +31,14 @@ EXACT_CLASSES = 1 << 13
 """Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
 TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
-FITTED_NEIGHBORS = 3
-"""A class is fitted on the rows that have it among as many of the network's classes as are ranked, and so many times as
-many of the neighbours': what looks like a class without being it is what to learn from."""
+MORE_NEIGHBORS = 100
+"""A class is fitted on the rows that have it among as many of the network's classes as are ranked, and so many more of
+the neighbours': what looks like a class without being it is what to learn from."""
 RARE = 30
 """The cost of a class with fewer true rows, n, is raised by sqrt(RARE / n): else its few errors cost too little to move
 its weights."""
-CENTROID, ORIGIN, TOLERANCE = 2.0, -1.0, 0.5
-"""Of `linear_fit`: where weights and bias are drawn to, and how exactly it solves."""
+CENTROID, ORIGIN = 2.0, -1.0
+"""Of `linear_fit`: where weights and bias are drawn to."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -80,20 +80,29 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
             *pairs,
             *row_tensors(x.unit_rows()),
             dataset.num_features,
-            cost=config.ranker_cost * _raised(y),
+            cost=config.ranker_cost * cost_factors(y),
             centroid=CENTROID,
             origin=ORIGIN,
-            tolerance=TOLERANCE,
+            tolerance=config.ranker_tolerance,
             threshold=config.ranker_threshold,
             progress=lambda done, total: tell("weights", done, total),
         )
     save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, search))
 
 
-def _raised(labels: CsrArrays) -> torch.Tensor:
-    """Factors of every class's cost: float32 (C,)."""
+def cost_factors(labels: CsrArrays) -> torch.Tensor:
+    """Factors of every class's cost: float32 (C,), ``sqrt(max(30 / n, 1))`` for a class with n true rows.
+
+    Where most classes with one row are of that row alone, as names of files can be, those do not deserve it. In as many
+    new rows such a class is expected ``2 N_2 / N_1`` times (N_n: classes with n rows; Good, Biometrika 1953), and its
+    factor is also that of the root of this, if below 1.
+    """
     counts_C = np.bincount(labels.indices, minlength=labels.num_columns)
-    return torch.from_numpy(np.sqrt(RARE / counts_C.clip(1, RARE)).astype(np.float32))
+    factors_C = np.sqrt(RARE / counts_C.clip(1, RARE))
+    once_C = counts_C == 1
+    again = (2 * np.count_nonzero(counts_C == 2) + 1) / (np.count_nonzero(once_C) + 1)  # ones: never 0
+    factors_C[once_C] *= min(again, 1) ** 0.5
+    return torch.from_numpy(factors_C.astype(np.float32))
 
 
 def _candidates(
@@ -107,7 +116,7 @@ def _candidates(
     """The classes that network and neighbours propose for training rows: int32 (N, A), padded with -1."""
     head = model.head
     count = min(config.ranker_candidates, head.num_classes)
-    more = 0 if search is None else min(FITTED_NEIGHBORS * config.ranker_neighbors, head.num_classes)
+    more = 0 if search is None else min(config.ranker_neighbors + MORE_NEIGHBORS, head.num_classes)
     index = None
     if head.num_classes > EXACT_CLASSES:
         index = make_index(

@@ -27,6 +27,7 @@ from slidex.data import NameList
 from slidex.errors import CheckpointError, ConfigError, DataError
 from slidex.nn import placement as placements
 from slidex.nn.classifier import Classifier
+from slidex.nn.initial_weights import allocate
 from slidex.nn.memory import require_memory
 from slidex.nn.selection import make_config_index
 from slidex.settings import check_device
@@ -288,7 +289,7 @@ class Run:
         weights = sum(p.nbytes for part in (model.encoder, model.head) for p in part.parameters())
         require_memory({"weights": weights}, device, "Use another GPU, or the CPU.")
         for name, module in (("encoder", model.encoder), ("head", model.head)):
-            module.to_empty(device=device)  # of which the checkpoint fills all, or is refused
+            allocate(module, device)  # of which the checkpoint fills all, or is refused
             try:
                 module.load_state_dict(checkpoint.tensors(name))
             except RuntimeError as error:

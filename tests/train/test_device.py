@@ -13,12 +13,12 @@ import slidex
 from slidex.data import CsrArrays
 from slidex.errors import ConfigError, DeviceError, DivergedError, InterruptedRunError
 from slidex.kernels.cuda import environment
+from slidex.kernels.dense_adam import DenseAdam
 from slidex.nn import memory
 from slidex.nn.bag_inputs import InputRules
 from slidex.train import settle as settling
 from slidex.train.checkpoint import list_checkpoints
 from slidex.train.config import TrainConfig
-from slidex.train.dense_adam import DenseAdam
 from slidex.train.distributed import Solo
 from slidex.train.loop import Trainer
 from slidex.train.settle import settle

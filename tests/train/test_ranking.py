@@ -92,6 +92,22 @@ def test_weights_are_those_of_the_rows_each_class_was_a_candidate_for(run, data)
         assert torch.equal(getattr(kept.weights, name), getattr(want, name))
 
 
+def test_cost_of_classes_with_few_rows():
+    """Three classes with one row, one with two, one with 40, one with none: (2 * 1 + 1) / (3 + 1) of one row is due."""
+    labels = np.repeat(np.arange(5), (1, 1, 1, 2, 40))
+    once = np.sqrt(30 * 3 / 4)
+    want = np.array([once, once, once, np.sqrt(15), 1, np.sqrt(30)], np.float32)
+    indptr = np.arange(len(labels) + 1)
+    found = ranking.cost_factors(CsrArrays(indptr, labels.astype(np.int32), None, 6))
+    np.testing.assert_allclose(found.numpy(), want, rtol=1e-6)
+
+
+def test_classes_with_one_row_cost_no_more_for_many_with_two():
+    labels = np.array([0, 1, 1, 2, 2], np.int32)
+    found = ranking.cost_factors(CsrArrays(np.arange(6), labels, None, 3))
+    np.testing.assert_allclose(found.numpy(), np.sqrt([30, 15, 15]), rtol=1e-6)
+
+
 def test_every_setting_changes_the_ranking(run, data, tmp_path):
     x = data.split("test").x
     seen = [torch.cat([scores for scores, _ in run.model().topk(x, 5)])]
@@ -99,6 +115,7 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
         (
             {"ranker_cost": 0.1},
             {"ranker_threshold": 0.5},
+            {"ranker_tolerance": 0.01},
             {"ranker_weight": 1.0},
             {"ranker_tail": 2.0},
             {"ranker_floor": 0.1},
@@ -148,7 +165,7 @@ def test_fitted_rows_are_those_of_network_and_neighbours(data, tmp_path):
     for name in ("indptr", "rows", "values"):
         assert torch.equal(getattr(kept.search.index, name), getattr(search.index, name))
     ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 4)])
-    found_NB = search.classes(x, 3 * 5, torch.arange(1500))  # a row is no neighbour of its own
+    found_NB = search.classes(x, 100 + 5, torch.arange(1500))  # a row is no neighbour of its own
     both_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
     assert kept.pairs == len(class_pairs(split.y, both_NA.int().numpy()).rows)
     assert run.model().ranker.proposed == 5
@@ -301,6 +318,7 @@ def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch, call, err
         {"ranker_neighbors": -1},
         {"ranker_cost": 0.0},
         {"ranker_threshold": -0.1},
+        {"ranker_tolerance": 0.0},
         {"ranker_weight": -1.0},
     ],
 )
