@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from slidex.errors import DeviceError
 from slidex.kernels.cuda import environment
 from slidex.nn import memory
 from slidex.nn.selection import make_config_index, settle_sampling
-from tests.kernels.cuda import check
 from tests.nn.device_path import take_device_path
 
 CPU = torch.device("cpu")
@@ -270,30 +268,3 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch):
     assert result.exit_code == 1
     assert result.stderr == "Nothing was measured. The NVIDIA driver shows no GPU.\n"
     assert result.stdout == ""
-
-
-@pytest.mark.parametrize(("failing", "ran"), [(None, 3), ("pytest", 1), ("compute-sanitizer", 2)])
-def test_the_check_of_a_gpu_ends_with_the_benchmark(monkeypatch, failing, ran):
-    words = []
-
-    def run(command, **_):
-        words.append(command)
-        kind = "compute-sanitizer" if "compute-sanitizer" in command[0] else command[2]
-        return SimpleNamespace(returncode=7 if kind == failing else 0)
-
-    monkeypatch.setattr(environment, "simulated", lambda: False)
-    monkeypatch.setattr(environment, "require_device", lambda _: None)
-    monkeypatch.setattr(check.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(check.subprocess, "run", run)
-    assert check.main() == (0 if failing is None else 7)
-    assert len(words) == ran
-    for name in (
-        "on_device",
-        "on_device_hash_index",
-        "on_device_head",
-        "on_device_ops",
-        "on_device_training",
-    ):
-        assert any(word.endswith(f"{name}.py") for word in words[0]), name
-    if ran == 3:
-        assert words[2][1:] == ["-m", "benchmarks.gpu", "--minutes", check.MINUTES]
