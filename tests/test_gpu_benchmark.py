@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,20 @@ def test_the_dense_and_the_chunked_softmax_are_one(monkeypatch, has_torchs):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_the_chunked_softmax_asks_torch_for_chunks(monkeypatch):
+    """Without options torch's function is the reference, with all scores at once."""
+    seen = []
+
+    def fused(hidden_ND, weight_CD, target_N, **options):
+        seen.append(options["options"])
+        return F.cross_entropy(hidden_ND @ weight_CD.T, target_N)
+
+    monkeypatch.setattr(F, "linear_cross_entropy", fused, raising=False)
+    monkeypatch.setattr(torch.nn, "LinearCrossEntropyOptions", lambda: "chunks", raising=False)
+    stepped(gpu_rivals.chunked)
+    assert seen == ["chunks"]
+
+
 def test_the_dense_softmax_is_torchs():
     torch.manual_seed(1)
     weight_CD = gpu_rivals.layer(TINY.classes, TINY.width, CPU, torch.float32)
@@ -80,10 +95,10 @@ def test_every_way_runs_and_is_shown():
         assert results[-1].milliseconds > 0
         assert results[-1].learns
         assert results[-1].host_per_device > 0
-    assert [result.way for result in results][-2:] == ["slidex, shared", "slidex, per_sample"]
-    assert all("float32, adam; query" in result.note for result in results[-2:])
-    assert [result.index_share is None for result in results] == [True, True, True, False, False]
-    assert all(f": {result.index_share:.0%}" in result.note for result in results[-2:])
+    assert [result.way for result in results][:3] == ["dense", "slidex, shared", "slidex, per_sample"]
+    assert all("float32, adam; query" in result.note for result in results[1:3])
+    assert [result.index_share is None for result in results] == [True, False, False, True, True]
+    assert all(f": {result.index_share:.0%}" in result.note for result in results[1:3])
     table = gpu.rows_of(results)
     assert {len(row) for row in table} == {len(gpu.HEADINGS)}
     assert table[0][10] == "1"
@@ -93,6 +108,54 @@ def test_every_way_runs_and_is_shown():
     step = gpu.slidex_step(TINY, CPU, torch.float32, mode="shared", pool_size=50)
     losses = [step(hidden_ND, target_N) for _ in range(50)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_slow_step_is_timed_once(monkeypatch, seconds):
+    """Else one way at one size could take all of the time that there is."""
+    calls, now = [], iter(range(10**6))
+
+    def make():
+        def step(hidden_ND, target_N):
+            calls.append(target_N)
+            return torch.tensor(9.0 - len(calls))
+
+        return step
+
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: seconds * next(now))
+    result = gpu.measure(TINY, "chunked", make, CPU, torch.float32, Clock(CPU, steps=2, repeats=2))
+    assert result.learns
+    if seconds:
+        assert (len(calls), result.milliseconds, result.host_per_device) == (4, 60_000.0, None)
+        assert [torch.equal(calls[at], calls[at + 2]) for at in (0, 1)] == [True, True]
+    else:
+        assert len(calls) > 2 * gpu.BATCHES + 4
+
+
+def test_the_driver_is_named(monkeypatch):
+    monkeypatch.setattr(environment, "driver", lambda: "for CUDA 13.0")
+    monkeypatch.setattr(
+        gpu.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="580.159.03\n580.159.03\n")
+    )
+    assert gpu.driver() == "580.159.03, for CUDA 13.0"
+
+    def missing(*_, **__):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(gpu.subprocess, "run", missing)
+    assert gpu.driver() == "for CUDA 13.0"
+
+
+def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path):
+    assert report.commit(tmp_path) == "unknown"
+    monkeypatch.setenv("SLIDEX_COMMIT", "1234abc")
+    assert report.commit(tmp_path) == "1234abc"
+
+
+def test_hot_kernels_that_make_too_little_of_the_memory_are_named():
+    found = [gpu_kernels.Share(name, 1, 1.0, share) for name, share in (("a", 0.6), ("b", 0.59), ("c", 0.1))]
+    words = "goal of 60% of a copy's rate in each hot kernel: got it in 1 of 2; not b (59%)"
+    assert gpu_results.kernel_goal(found, ("a", "b")) == words
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("2 GB more"), DeviceError("too little")])
@@ -231,7 +294,7 @@ def test_a_whole_run_prints_and_keeps_what_it_measured(monkeypatch, tmp_path):
     """On a GPU's path, but for the CUDA kernels' own table."""
     take_device_path(monkeypatch)
     monkeypatch.setattr(environment, "require_device", lambda _: None)
-    monkeypatch.setattr(environment, "driver", lambda: "none")
+    monkeypatch.setattr(gpu, "driver", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "the CPU")
     monkeypatch.setattr(gpu_kernels, "copy_rate", lambda *_: 1e9)
     monkeypatch.setattr(
@@ -240,6 +303,8 @@ def test_a_whole_run_prints_and_keeps_what_it_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "Clock", lambda device: Clock(device, steps=1, repeats=1))
     monkeypatch.setattr(gpu, "CASES", [TINY, TINY._replace(rows=9)])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
+    kept_after, write = [], report.write_results
+    monkeypatch.setattr(gpu, "write_results", lambda *of: kept_after.append(len(of[2])) or write(*of))
     result = CliRunner().invoke(gpu.main, ["--device", "cpu"], catch_exceptions=False)
     assert result.exit_code == 0
     lines = [line for line in result.stdout.splitlines() if line.startswith("| 300 |")]
@@ -247,16 +312,21 @@ def test_a_whole_run_prints_and_keeps_what_it_measured(monkeypatch, tmp_path):
     assert {line.count(" | ") for line in lines} == {len(gpu.HEADINGS) - 1}
     assert sum("not measured: The 'device' parameter" in line for line in lines) == 4
     assert "| pair_logits | 1.0 | 1000.0 | 70% |" in result.stdout
+    assert "goal of 60% of a copy's rate in each hot kernel: got it in 1 of 1\n" in result.stdout
     assert "goal of query and rehash by our tables in at most 50% of a step: got it in" in result.stdout
     assert "goal of a device that waits for the host at most 10% of a step: got it in" in result.stdout
     kept = json.loads((tmp_path / "gpu.json").read_text())
     assert kept["machine"]["gpu"] == "the CPU"
+    assert kept_after[:14] == list(range(1, 15))  # what is measured stays, whatever comes
     assert len(kept["results"]) == 14
     shared = next(line for line in kept["results"] if line["way"] == "slidex, shared")
     assert shared["case"] == TINY._asdict()
     assert min(shared[name] for name in ("host_microseconds", "device_microseconds", "index_share")) > 0
     late = CliRunner().invoke(gpu.main, ["--device", "cpu", "--minutes", "0"], catch_exceptions=False)
-    assert "not begun within 0 minutes: Case(classes=300, width=16, rows=8), Case(" in late.stdout
+    assert (
+        "not begun within 0 minutes: dense at C = 300, D = 16, N = 8; slidex, shared at C = 300"
+        in late.stdout
+    )
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch):

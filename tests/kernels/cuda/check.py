@@ -3,7 +3,8 @@ then a part of the benchmark.
 
 Needs a torch built for CUDA, numba-cuda and pytest (``pip install 'slidex[cuda]' pytest``; `tests.kernels.cuda.pack`
 where there is no package index). All parts are run, whatever the one before has found, within ten minutes; one that
-hangs is ended. Ends with 1 unless every part ran and passed, and with a message where there is no GPU to check.
+hangs is ended. Ends with 1 unless every part ran and passed, and with a message where there is no GPU to check. The
+environment variable SLIDEX_COMMIT names the commit of a copy without history.
 """
 
 from __future__ import annotations
