@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from slidex.errors import MissingExtraError
+from slidex.errors import DeviceError, MissingExtraError
+from slidex.kernels.cuda import environment
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
+
+from slidex.kernels.cuda import launch
 
 
 class Recorder:
@@ -46,8 +49,6 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    from slidex.kernels.cuda import launch
-
     recorder = Recorder()
     monkeypatch.setattr(launch, "cuda", recorder)
     monkeypatch.setattr(launch, "_views", {})
@@ -59,9 +60,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 
 def _kernel() -> Any:
-    from slidex.kernels.cuda.launch import Kernel
-
-    return Kernel(lambda *_: None)
+    return launch.Kernel(lambda *_: None)
 
 
 def test_a_launch_passes_pointers_on_torchs_stream(recorder: Recorder) -> None:
@@ -107,8 +106,6 @@ def test_a_kernel_is_compiled_once_for_each_set_of_types(recorder: Recorder) -> 
 def test_views_of_the_same_memory_are_made_once_and_never_too_many(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slidex.kernels.cuda import launch
-
     x = torch.zeros(6)
     kernel = _kernel()
     for _ in range(3):
@@ -134,6 +131,26 @@ def test_a_missing_compiler_library_is_named(recorder: Recorder) -> None:
     recorder.failure = RuntimeError("libnvvm.so.4: cannot open shared object file")
     with pytest.raises(MissingExtraError, match=r"libnvvm\.so\.4.*pip install 'slidex\[cuda\]'"):
         _kernel().launch(1, 32, torch.zeros(1))
+    recorder.failure = RuntimeError("Failure finding libnvJitLink.so")
+    with pytest.raises(MissingExtraError, match="or set CUDA_HOME to a CUDA toolkit"):
+        _kernel().launch(1, 32, torch.zeros(1))
     recorder.failure = TypeError("something else")
     with pytest.raises(TypeError, match="something else"):
+        _kernel().launch(1, 32, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "ptxas: Unsupported .version 9.3; current version is '9.0'"],
+)
+def test_a_driver_older_than_the_compiler_is_named(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    """Of the same major version, which `slidex.kernels.cuda.environment` lets pass."""
+    monkeypatch.setattr(environment, "driver_version", lambda: (13, 0))
+    monkeypatch.setattr(launch, "driver_version", lambda: (13, 0))
+    recorder.failure = RuntimeError(said)
+    with pytest.raises(
+        DeviceError, match=r"driver \(it is for CUDA 13\.0\).*older.*pip install 'cuda-toolkit==13\.0\.\*'"
+    ):
         _kernel().launch(1, 32, torch.zeros(1))

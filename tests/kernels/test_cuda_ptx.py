@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slidex.errors import ConfigError
-from slidex.kernels import RowState
+from slidex.kernels import RowState, StepSettings
 from slidex.kernels.rounding import MIX_1, MIX_2, mix32
 from tests.kernels.cases import KERNELS, SETTINGS, UPDATES, Problem, Shape, cast, moved
 from tests.kernels.cuda.running import (
@@ -95,6 +95,19 @@ def test_the_hash_of_the_rounding_as_it_is_compiled_is_that_of_the_reference() -
     compiled = numba.njit(device.mix32.py_func)
     numbers = [*range(50), 2**31 - 1, 2**31, 2**32 - 1, *(7**n % 2**32 for n in range(12, 100))]
     assert [int(compiled(np.uint32(number))) for number in numbers] == [mix32(number) for number in numbers]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_whole_numbers_among_the_settings_compile_nothing_new(name: str) -> None:
+    """And make no float64 of what they meet."""
+    from slidex.kernels import cuda
+
+    arguments = _arguments(name, torch.float32)
+    with recorded_launches() as launches:
+        getattr(cuda, name)(*arguments)
+        arguments[-1] = StepSettings(learning_rate=1, step=1, beta1=0, epsilon=0, weight_decay=0)
+        getattr(cuda, name)(*arguments)
+    assert str(launches[0]) == str(launches[1])
 
 
 @pytest.mark.parametrize("name", KERNELS)
