@@ -254,6 +254,22 @@ def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arr
     assert all(len(row) == 4 for row in gpu.kernel_rows(found))
 
 
+def test_a_kernel_s_share_is_of_the_device_s_time():
+    """A launch takes the host longer than the device needs for many a kernel."""
+    clock = SimpleNamespace(seconds=lambda _: 1.0, device_seconds=lambda call: (call(), 0.5)[1])
+    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, features=3)
+    for share in gpu_kernels.shares(sizes, CPU, torch.float32, clock, rate=1e3):
+        assert share.seconds == 0.5
+        assert share.share == share.nbytes / 500
+
+
+def test_what_hot_kernels_move_is_more_than_a_cache_holds(monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(()).expand(shape))
+    monkeypatch.setattr(gpu_kernels.RowState, "zeros_like", lambda _: None)
+    calls = gpu_kernels.calls(gpu_kernels.Sizes(), CPU, torch.float32)
+    assert all(calls[name][1] > 2 * 60e6 for name in gpu_kernels.HOT)
+
+
 def test_launch_overhead_is_what_the_device_waits():
     bound = Result(TINY, "slidex, shared", 0.5, 0, "", None, 500.0, 200.0)
     ahead = Result(TINY, "slidex, per_sample", 1.0, 0, "", None, 400.0, 1000.0, 0.5)
