@@ -88,6 +88,22 @@ def test_kernel_compiles_to_ptx(name: str, dtype: torch.dtype, tmp_path: Path) -
             assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "least"), [("pair_logits", 10), ("pair_hidden_grad", 4), ("embedding_bag", 4)]
+)
+def test_a_lane_asks_for_several_numbers_before_it_waits_for_one(
+    name: str, least: int, dtype: torch.dtype
+) -> None:
+    """Of rows anywhere in the memory one load on its way in each thread is a tenth of what the memory can give."""
+    ptx = compile_ptx(_launch(name, dtype), (9, 0))
+    loads = r"ld\.global\.(?:f32|u16|b16)"
+    runs = (
+        len(re.findall(loads, part)) for part in re.split(r"fma\.|bra |bar\.|^\$L", ptx, flags=re.MULTILINE)
+    )
+    assert max(runs) >= least
+
+
 def test_the_hash_of_the_rounding_as_it_is_compiled_is_that_of_the_reference() -> None:
     """Numba's rules for unsigned numbers, which the simulator does not follow, on the CPU."""
     from slidex.kernels.cuda import device
