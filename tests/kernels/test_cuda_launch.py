@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 
+from slidex import kernels
 from slidex.errors import DeviceError, MissingExtraError
 from slidex.kernels.cuda import environment
+from tests.kernels.cases import Problem, Shape
+from tests.kernels.cuda.running import compile_ptx, recorded_launches
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is installed on Linux x86-64 only (extra dev)")
+
+from numba.cuda import api, dispatcher
+from numba.cuda.cudadrv import devices
 
 from slidex.kernels.cuda import launch
 
@@ -154,3 +163,37 @@ def test_a_driver_older_than_the_compiler_is_named(
         DeviceError, match=r"driver \(it is for CUDA 13\.0\).*older.*pip install 'cuda-toolkit==13\.0\.\*'"
     ):
         _kernel().launch(1, 32, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "name", ["embedding_bag", "softmax_loss", "pair_logits", "pair_update", "rows_update"]
+)
+def test_what_numba_hands_over_is_what_the_compiled_kernel_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Number and kind of all parameters, also of empty arrays and of tuples: the last step before a launch."""
+    given: list[tuple[Any, ...]] = []
+    with recorded_launches() as recorded:
+        record = launch.Kernel.launch
+        monkeypatch.setattr(
+            launch.Kernel, "launch", lambda *a, shared=0: given.append(a[3:]) or record(*a, shared=shared)
+        )
+        getattr(kernels.cuda, name)(*Problem(Shape(optional=False)).arguments(name, torch.float32))
+    # Without a driver there is no context, which an array of Numba's only keeps.
+    monkeypatch.setattr(api, "current_context", lambda: None)
+    monkeypatch.setattr(devices, "get_context", lambda: None)
+    monkeypatch.setattr(launch.cuda, "from_cuda_array_interface", api.from_cuda_array_interface.__wrapped__)
+    monkeypatch.setattr(launch, "_views", {})
+    compiled = SimpleNamespace(extensions=[])
+    compiled._prepare_args = functools.partial(dispatcher._Kernel._prepare_args, compiled)
+    handed: list[Any] = []
+    for kind, value in zip(
+        recorded[0].signature.args, launch._converted(given[0], launch._view), strict=True
+    ):
+        compiled._prepare_args(kind, value, 0, [], handed)
+    (parameters,) = re.findall(r"\.entry \w+\(([^)]*)\)", compile_ptx(recorded[0], (9, 0)))
+    kinds = [
+        "f32" if isinstance(x, ctypes.c_float) else {int: "u64", ctypes.c_int64: "u64"}[type(x)]
+        for x in handed
+    ]
+    assert kinds == re.findall(r"\.param \.(\w+) ", parameters)
