@@ -233,7 +233,7 @@ def test_thirty_million_classes_would_learn_as_fast_as_a_few_do(monkeypatch):
 
 
 def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arrays():
-    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, features=3)
+    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, scored=20, features=3)
     calls = gpu_kernels.calls(sizes, CPU, torch.float32)
     assert set(gpu_kernels.HOT) < set(calls)
     block_UD = calls["gather_rows"][0][0][:20]
@@ -257,7 +257,7 @@ def test_kernels_are_called_with_what_they_take_and_bytes_are_those_of_their_arr
 def test_a_kernel_s_share_is_of_the_device_s_time():
     """A launch takes the host longer than the device needs for many a kernel."""
     clock = SimpleNamespace(seconds=lambda _: 1.0, device_seconds=lambda call: (call(), 0.5)[1])
-    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, features=3)
+    sizes = gpu_kernels.Sizes(classes=200, width=8, rows=4, slots=6, pool=20, scored=20, features=3)
     for share in gpu_kernels.shares(sizes, CPU, torch.float32, clock, rate=1e3):
         assert share.seconds == 0.5
         assert share.share == share.nbytes / 500

@@ -90,7 +90,8 @@ def test_kernel_compiles_to_ptx(name: str, dtype: torch.dtype, tmp_path: Path) -
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "least"), [("pair_logits", 10), ("pair_hidden_grad", 4), ("embedding_bag", 4)]
+    ("name", "least"),
+    [("pair_logits", 10), ("pair_hidden_grad", 4), ("embedding_bag", 4), ("shared_softmax_loss", 4)],
 )
 def test_a_lane_asks_for_several_numbers_before_it_waits_for_one(
     name: str, least: int, dtype: torch.dtype

@@ -164,10 +164,24 @@ DEFECTS = {
     ),
     "a row without targets has a gradient": (
         losses,
-        "        grad = zero\n        if mass != zero:\n",
-        "        grad = zero\n        if True:\n            scale = np.float32(1)\n",
+        "        if mass != grad:\n            grad = math.exp(score) * scale\n",
+        "        grad = math.exp(score)\n",
         "shared_softmax_loss",
         SMALL,
+    ),
+    "a thread's second score is not summed": (
+        losses,
+        "        total += math.exp(x1 - most)\n",
+        "",
+        "shared_softmax_loss",
+        MANY,
+    ),
+    "a thread's fourth score has no gradient": (
+        losses,
+        "base + first + step * np.uint64(3), x3 - most",
+        "base + first + step * np.uint64(3), np.float32(-np.inf)",
+        "shared_softmax_loss",
+        replace(MANY, slots=120, classes=130),
     ),
     "the weight is left out": (
         losses,
