@@ -197,3 +197,23 @@ def test_what_numba_hands_over_is_what_the_compiled_kernel_takes(
         for x in handed
     ]
     assert kinds == re.findall(r"\.param \.(\w+) ", parameters)
+
+
+@pytest.mark.parametrize("name", ["pair_update", "rows_update"])
+@pytest.mark.parametrize(("optimizer", "parts"), [("adam", 6), ("rowwise_adam", 1), ("rowwise_adagrad", 1)])
+def test_a_wide_row_is_updated_by_several_warps_where_columns_are_independent(
+    name: str, optimizer: str, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class that all rows of a batch have is else one warp's work, for which all others wait."""
+    laid_out: list[tuple[tuple[int, int], int, int]] = []
+    arguments = Problem(Shape(width=700, optimizer=optimizer)).arguments(name, torch.float32)
+    with recorded_launches():
+        monkeypatch.setattr(
+            launch.Kernel,
+            "launch",
+            lambda _, blocks, threads, *__, shared: laid_out.append((blocks, threads, shared)),
+        )
+        getattr(kernels.cuda, name)(*arguments)
+    (((_, columns), threads, shared),) = laid_out
+    assert (columns, threads) == (parts, 128)
+    assert shared == 4 * 4 * (128 if parts > 1 else 700) <= 48 << 10

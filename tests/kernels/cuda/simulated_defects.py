@@ -102,6 +102,20 @@ DEFECTS = {
         SMALL,
     ),
     "the third block of columns is lost": (update, "sum2 += scale", "sum2 = scale", "pair_update", WIDE),
+    "every block of columns updates the bias": (
+        update,
+        "cuda.laneid == 0 and cuda.blockIdx.y == 0",
+        "cuda.laneid == 0",
+        "pair_update",
+        WIDE,
+    ),
+    "a block of columns writes its gradient elsewhere": (
+        update,
+        "gradient = gradient_D[d - begin]",
+        "gradient = gradient_D[0]",
+        "rows_update",
+        WIDE,
+    ),
     "the order of the sort is ignored": (update, "np.uint64(order_M[j])", "j", "pair_update", SMALL),
     "the first moment is not kept": (
         update,
