@@ -3,9 +3,10 @@
 ``python -m benchmarks.gpu`` on a machine with a GPU, a torch built for it and ``slidex[cuda]``; `make gpu-check` runs
 a part. A step is loss, gradients and update of the layer, and the gradient of what comes before it, on random hidden
 vectors and classes of frequency 1 / rank. Ways are measured one after the other, each alone in memory, so that peaks
-are its own; times are those of CUDA events, the median of repeats. What does not fit is said, not left out. Before that
-comes the share of a device copy's rate that each kernel makes. All weights are bfloat16: slidex's updates of them are
-rounded stochastically, those of torch's optimisers to nearest.
+are its own; times are those of CUDA events, the median of repeats, or where a step takes long that of one. What does
+not fit is said, not left out. Before that comes the share of a device copy's rate that each kernel makes. The JSON file
+is written after every line. All weights are bfloat16: slidex's updates of them are rounded stochastically, those of
+torch's optimisers to nearest.
 
 ``host`` is the time until a step is enqueued, ``device`` what the GPU needs for it where the host is ahead; where the
 first is longer, the device waits for the difference in every step. Where FAISS has a GPU, slidex's steps are also taken
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,9 +37,11 @@ from benchmarks.gpu_results import (
     Result,
     goals,
     index_goals,
+    kernel_goal,
     kernel_rows,
     launch_goal,
     rows_of,
+    size_of,
 )
 from benchmarks.report import machine, markdown, write_results
 from slidex.errors import ConfigError, DeviceError, SlidexError
@@ -54,6 +58,9 @@ POOL, ACTIVE = 4096, 512
 FULL_STATE = 3_000_000 * 768
 """Up to so many weights slidex keeps Adam's state in float32, beyond row-wise Adagrad's."""
 ADAGRAD_RATE = 0.01
+SLOW = 0.5
+"""Seconds: a step that takes longer is timed once, and on `FEW` batches."""
+FEW = 2
 
 CASES = sorted(
     (
@@ -94,12 +101,12 @@ def ways(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Call
     }
     return {
         "dense": rival(gpu_rivals.dense),
-        torchs: rival(gpu_rivals.chunked),
-        "sampled softmax in torch": rival(gpu_rivals.sampled, POOL),
         **{
             f"slidex, {mode}": lambda options=options: slidex_step(case, device, dtype, **options)
             for mode, options in sampled.items()
         },
+        "sampled softmax in torch": rival(gpu_rivals.sampled, POOL),
+        torchs: rival(gpu_rivals.chunked),
         **{
             f"slidex, {mode}, FAISS": lambda options=options: faiss_step(case, device, dtype, **options)
             for mode, options in sampled.items()
@@ -159,7 +166,6 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     drawn, outside = batches(case, device, dtype), gpu_faiss.outside_bytes(device)
-    data = itertools.cycle(drawn)
     try:
         step = make()
 
@@ -169,12 +175,20 @@ def measure(
             hidden_ND.grad = None
             return loss
 
-        first = sum(float(call()) for _ in drawn) / len(drawn)
-        milliseconds, host, busy = 1e3 * clock.seconds(call), None, None
-        waits = hasattr(step, "waits")
-        if not waits:
+        data = iter(drawn)
+        losses = [float(call())]  # compiles
+        started = time.perf_counter()
+        losses.append(float(call()))
+        milliseconds, host, busy = 1e3 * (time.perf_counter() - started), None, None
+        slow, waits = milliseconds > 1e3 * SLOW, hasattr(step, "waits")
+        used = drawn[:FEW] if slow else drawn
+        losses += [float(call()) for _ in used[FEW:]]
+        data = itertools.cycle(used)
+        if not slow:
+            milliseconds = 1e3 * clock.seconds(call)
+        if not slow and not waits:
             host, busy = 1e6 * clock.host_seconds(call), 1e6 * clock.device_seconds(call)
-        last = sum(float(call()) for _ in drawn) / len(drawn)
+        first, last = (sum(of) / len(used) for of in (losses, [float(call()) for _ in used]))
         parts = _parts(step, data, clock, milliseconds) if hasattr(step, "head") else None
     except (torch.OutOfMemoryError, DeviceError) as error:
         return Result(case, way, None, 0, f"does not fit: {str(error).splitlines()[0][:90]}")
@@ -233,28 +247,46 @@ def main(minutes: float, device: str) -> None:
         click.echo(f"Nothing was measured. {error}", err=True)
         sys.exit(1)
     where, clock, started = torch.device(device), Clock(torch.device(device)), time.monotonic()
-    facts = machine() | {"gpu": torch.cuda.get_device_name(where), "driver": environment.driver()}
+    facts = machine() | {"gpu": torch.cuda.get_device_name(where), "driver": driver()}
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     rate = gpu_kernels.copy_rate(where, clock)
     shares = gpu_kernels.shares(gpu_kernels.Sizes(), where, torch.bfloat16, clock, rate)
     click.echo(f"\na copy on the device: {rate / 1e9:.0f} GB/s\n")
     click.echo(markdown([("kernel", "MB", "µs", "of a copy's rate"), *kernel_rows(shares)]) + "\n")
+    facts |= {"copy bytes a second": rate, "kernels": [share._asdict() for share in shares]}
     results, left = [], []
     for case in CASES:
-        if time.monotonic() - started > 60 * minutes:
-            left.append(case)
-            continue
         for way, make in ways(case, where, torch.bfloat16).items():
+            if time.monotonic() - started > 60 * minutes:
+                left.append(f"{way} at {size_of(case)}")
+                continue
             results.append(measure(case, way, make, where, torch.bfloat16, clock))
             click.echo("  " + "  ".join(rows_of([results[-1]])[0]), err=True)
+            _keep(facts, results)
     click.echo(markdown([HEADINGS, *rows_of(results)]))
-    click.echo("\n".join([*goals(results), *index_goals(results), *launch_goal(results)]))
+    reached = [*goals(results), *index_goals(results), *launch_goal(results)]
+    click.echo("\n".join([kernel_goal(shares, gpu_kernels.HOT), *reached]))
     if left:
-        click.echo(f"not begun within {minutes:g} minutes: " + ", ".join(map(str, left)))
-    kept = [{**result._asdict(), "case": result.case._asdict()} for result in results]
-    kernels_kept = [share._asdict() for share in shares]
-    write_results("gpu", facts | {"copy bytes a second": rate, "kernels": kernels_kept}, kept)
+        click.echo(f"not begun within {minutes:g} minutes: " + "; ".join(left))
+    _keep(facts, results)
     click.echo("benchmarks/results/gpu.json")
+
+
+def _keep(facts: dict[str, Any], results: list[Result]) -> None:
+    """Writes what is known so far."""
+    kept = [{**result._asdict(), "case": result.case._asdict()} for result in results]
+    write_results("gpu", facts, kept)
+
+
+def driver() -> str:
+    """Version of the NVIDIA driver, and what it supports."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    supports = environment.driver()
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return supports
+    return f"{told[0]}, {supports}" if told else supports
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The CUDA kernels one by one: bytes they must move, time they take, and the share of a device copy's rate.
 
 Every array counts once, read or written; rows that a batch meets more than once count once as well, as a cache may hold
-them. So a share is what a kernel makes of the memory at least.
+them. So a share is what a kernel makes of the memory at least. Times are those of the device where the host is ahead:
+what the host needs to launch a kernel is longer than many of them take, and stands in the table of steps. The arrays of
+each hot kernel are larger than a second-level cache.
 Letters: N rows in a batch, C classes, D width, A slots per row, U classes of a pool, M stored features.
 """
 
@@ -31,15 +33,17 @@ class Sizes(NamedTuple):
         width: D.
         rows: N.
         slots: A.
-        pool: U.
+        pool: U of what is gathered and updated.
+        scored: U of the scores: a row of them is to fit a cache, as it does where a pool is of use.
         features: M / N.
     """
 
     classes: int = 1_000_000
-    width: int = 128
-    rows: int = 256
+    width: int = 768
+    rows: int = 2048
     slots: int = 512
-    pool: int = 8192
+    pool: int = 65_536
+    scored: int = 16_384
     features: int = 100
 
 
@@ -61,7 +65,7 @@ class Share(NamedTuple):
 
 def calls(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[list[Any], int]]:
     """Arguments of every kernel, and the bytes it must move."""
-    classes, width, rows, slots, pool, features = sizes
+    classes, width, rows, slots, pool, scored, features = sizes
     torch.manual_seed(0)
     weight = torch.randn(classes, width, device=device).to(dtype)
     hidden = torch.randn(rows, width, device=device)
@@ -70,8 +74,8 @@ def calls(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, t
     target[:, 0] = 1
     ids = torch.randperm(classes, device=device)[:pool]
     grad_rows = torch.randn(pool, width, device=device)
-    scores = torch.randn(rows, pool, device=device)
-    indptr, positions = torch.arange(rows + 1, device=device), torch.randint(pool, (rows,), device=device)
+    scores = torch.randn(rows, scored, device=device)
+    indptr, positions = torch.arange(rows + 1, device=device), torch.randint(scored, (rows,), device=device)
     bag_indptr = torch.arange(0, rows * features + 1, features, device=device)
     bag_ids = torch.randint(classes, (rows * features,), device=device, dtype=torch.int32)
     values, settings = torch.rand(rows * features, device=device), StepSettings(learning_rate=1e-3, step=1)
@@ -80,7 +84,7 @@ def calls(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, t
     row = width * dtype.itemsize
     update = 2 * (row + 2 * 4 * width)  # weights and both moments, read and written
     met, fed = len(active.unique()), len(bag_ids.unique())
-    batch, pairs, block = 4 * rows * width, rows * slots, rows * pool
+    batch, pairs, block = 4 * rows * width, rows * slots, rows * scored
     bags = 8 * (rows + 1) + 8 * rows * features
     return {
         "pair_logits": ([hidden, weight, None, active], batch + met * row + 12 * pairs),
@@ -120,6 +124,7 @@ def shares(sizes: Sizes, device: torch.device, dtype: torch.dtype, clock: Clock,
     found = []
     for name, (arguments, nbytes) in calls(sizes, device, dtype).items():
         call: Callable[..., Any] = getattr(module, name)
-        seconds = clock.seconds(lambda call=call, arguments=arguments: call(*arguments))
+        call(*arguments)  # compiles
+        seconds = clock.device_seconds(lambda call=call, arguments=arguments: call(*arguments))
         found.append(Share(name, nbytes, seconds, nbytes / seconds / rate))
     return found

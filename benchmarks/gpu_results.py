@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from benchmarks.gpu_kernels import Share
 
@@ -38,6 +38,8 @@ GOALS: dict[tuple[int, int], tuple[int | None, float | None]] = {
 """By C and D: times as fast as the dense softmax, in what share of its memory; None where it is to train at all."""
 MOST_WAITING = 0.1
 """Share of a step that the device may wait for the host: more is worth a CUDA graph (docs/performance.md)."""
+LEAST_SHARE = 0.6
+"""Of the rate of a device copy, what a hot kernel is to make."""
 MOST_INDEX = 0.5
 """Share of a step that asking the index and rehashing may take."""
 
@@ -114,7 +116,7 @@ def goals(results: Iterable[Result]) -> list[str]:
             continue
         best = min(ours, key=lambda r: r.milliseconds or 0.0) if ours else None
         dense = next((r for r in here if r.way == "dense"), None)
-        words = f"goal at {_size(Case(classes, width, GOAL_ROWS))}: "
+        words = f"goal at {size_of(Case(classes, width, GOAL_ROWS))}: "
         if best is None:
             lines.append(f"{words}does not fit")
         elif speed is None:
@@ -148,10 +150,19 @@ def index_goals(results: Iterable[Result]) -> list[str]:
     return lines
 
 
+def kernel_goal(found: Iterable[Share], hot: Collection[str]) -> str:
+    """Whether the hot kernels make enough of the memory's rate."""
+    known = [share for share in found if share.kernel in hot]
+    below = [f"{share.kernel} ({share.share:.0%})" for share in known if share.share < LEAST_SHARE]
+    got = f"got it in {len(known) - len(below)} of {len(known)}"
+    words = f"goal of {LEAST_SHARE:.0%} of a copy's rate in each hot kernel: {got}"
+    return words + (f"; not {', '.join(below)}" if below else "")
+
+
 def _of_all(words: str, known: list[tuple[Result, float]], most: float) -> list[str]:
     if not known:
         return []
-    beyond = [f"{r.way} at {_size(r.case)} ({share:.0%})" for r, share in known if share > most]
+    beyond = [f"{r.way} at {size_of(r.case)} ({share:.0%})" for r, share in known if share > most]
     got = f"got it in {len(known) - len(beyond)} of {len(known)} lines"
     return [f"goal of {words}: {got}" + (f"; not {', '.join(beyond)}" if beyond else "")]
 
@@ -164,7 +175,8 @@ def _has_tables(result: Result) -> bool:
     return not result.way.endswith("FAISS")
 
 
-def _size(case: Case) -> str:
+def size_of(case: Case) -> str:
+    """The size, in words."""
     return f"C = {case.classes:,}, D = {case.width}, N = {case.rows:,}"
 
 

@@ -47,10 +47,13 @@ def chunked(weight_CD: nn.Parameter) -> Step:
     """(b) The same loss without all scores at once: torch's own where it has one (2.13), else pieces of rows, twice."""
     optimizer = torch.optim.Adam([weight_CD], LEARNING_RATE, fused=True)
     fused = getattr(F, "linear_cross_entropy", None)
+    options = (
+        None if fused is None else nn.LinearCrossEntropyOptions()
+    )  # without, torch makes all scores at once
 
     def step(hidden_ND: torch.Tensor, target_N: torch.Tensor) -> torch.Tensor:
         if fused is not None:
-            return _finish(fused(hidden_ND, weight_CD, target_N), optimizer)
+            return _finish(fused(hidden_ND, weight_CD, target_N, options=options), optimizer)
         return _finish(in_pieces(hidden_ND, weight_CD, target_N), optimizer)
 
     return step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -120,15 +121,19 @@ def machine() -> dict[str, Any]:
 
 
 def commit(folder: Path = ROOT) -> str:
-    """The commit of the working tree, ``-dirty`` if tracked files have changed that benchmarks do not write."""
+    """The commit of the working tree, ``-dirty`` if tracked files have changed that benchmarks do not write.
+
+    Of a copy without history the environment variable SLIDEX_COMMIT tells it.
+    """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
+    unversioned = os.environ.get("SLIDEX_COMMIT", "unknown")
     found = git("describe", "--always")
     written = (":(exclude)benchmarks/results", ":(exclude)docs/accuracy.md")
     changed = git("diff", "--quiet", "HEAD", "--", ".", *written).returncode
-    return found.stdout.strip() + "-dirty" * bool(changed) if found.returncode == 0 else "unknown"
+    return found.stdout.strip() + "-dirty" * bool(changed) if found.returncode == 0 else unversioned
 
 
 def print_row(label: str, cells: Sequence[str]) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from slidex import kernels, ops
-from slidex.kernels import RowState
+from slidex.kernels import RowState, StepSettings
 from tests.kernels.cases import Problem, Shape, cast, moved, outcome
-from tests.test_ops import UPDATES, registered
+from tests.test_ops import UPDATES, problem, registered
 
 DEVICE = "cuda"
 SMALL = Shape(rows=4, classes=9, width=6, slots=5)
@@ -44,3 +44,29 @@ def test_an_operator_gives_what_its_kernel_gives(name: str, dtype: torch.dtype) 
     assert torch.equal(got[0], want[0])
     if name in UPDATES:
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(got, want, strict=True))
+
+
+@dtypes
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_model_with_operators_compiles_into_one_graph(dtype: torch.dtype) -> None:
+    """Scores, loss, gradients and an update, as `tests.test_ops` has them on the CPU; no compiler of C is needed."""
+    hidden_ND, weight_CD, bias_C, active_NA, target_NA = (part.to(DEVICE) for part in problem())
+    weight_CD, settings = weight_CD.to(dtype), StepSettings(learning_rate=0.1, step=1)
+
+    def step(encoder_DD, updated_CD, state):
+        encoded_ND = torch.relu(hidden_ND @ encoder_DD)
+        loss = ops.softmax_loss(ops.pair_logits(encoded_ND, weight_CD, bias_C, active_NA), target_NA).mean()
+        grad_NA = torch.where(active_NA < 0, 0, 0.1 * target_NA)
+        ops.pair_update(grad_NA, encoded_ND.detach(), active_NA, updated_CD, None, state, None, settings)
+        return loss
+
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        encoder_DD, parameter = torch.eye(8, device=DEVICE).requires_grad_(), weight_CD.clone()
+        state = RowState.zeros_like(parameter)
+        loss = function(encoder_DD, parameter, state)
+        loss.backward()
+        results.append([loss.detach(), encoder_DD.grad, parameter, *state])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert not torch.equal(results[0][2], weight_CD)

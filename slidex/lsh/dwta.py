@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable
+from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable, rows_at_once
 from slidex.lsh.hash_index import register_hash_family
 from slidex.lsh.index import check_integer
 
@@ -43,7 +43,6 @@ _MAX_BIN_SIZE = 256
 _BLOCK_ROWS = 32
 """Rows hashed side by side in the vector unit; few, so that a batch of queries is work for several threads."""
 _CHUNK_VALUES = 1 << 22
-_DEVICE_CHUNK_BINS = 1 << 26
 _BIN_STREAM = 0xD37A
 
 
@@ -157,7 +156,7 @@ class Dwta:
         """What `hash_rows` gives, computed where the weights are: int32 (L, C), or (L, M)."""
         count = len(weight_CD) if ids is None else len(ids)
         codes_LC = torch.empty((self.tables, count), dtype=torch.int32, device=weight_CD.device)
-        step = max(1, _DEVICE_CHUNK_BINS // len(self._functions[0]))
+        step = rows_at_once(weight_CD.shape[1], len(self._functions[0]))
         for first in range(0, count, step):
             rows = slice(first, first + step) if ids is None else ids[first : first + step]
             weight_MD = weight_CD[rows].detach().float().contiguous()

@@ -78,7 +78,7 @@ def _scan(
     keep = min(k, num_classes)
     row_step = max(1, min(num_rows, 256))
     chunk = _CHUNK_SCORES if hidden_ND.device.type == "cpu" else _DEVICE_CHUNK_SCORES
-    class_step = max(keep, chunk // row_step)
+    class_step = max(keep, _class_step(chunk, row_step, weight_CD, dtype))
     for row in range(0, num_rows, row_step):
         hidden = hidden_ND[row : row + row_step].to(dtype)
         best = hidden.new_empty((len(hidden), 0))
@@ -98,6 +98,12 @@ def _scan(
         best_scores[row : row + row_step, :keep] = best
         out[row : row + row_step, :keep] = best_ids
     return best_scores, out
+
+
+def _class_step(chunk: int, num_rows: int, weight_CD: torch.Tensor, dtype: torch.dtype) -> int:
+    """Classes scored at once: no more than `chunk` scores, nor numbers of rows that are widened for it."""
+    width = weight_CD.shape[1] if weight_CD.dtype != dtype else 1
+    return max(1, chunk // max(num_rows, width))
 
 
 def recall_at_k(index_ids_NK: torch.Tensor, exact_ids_NK: torch.Tensor) -> float:
@@ -193,7 +199,7 @@ class ExactIndex:
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         hidden = hidden_ND.detach().to(dtype)
         chunk = _CHUNK_SCORES if hidden.device.type == "cpu" else _DEVICE_CHUNK_SCORES
-        class_step = max(1, chunk // num_rows)
+        class_step = _class_step(chunk, num_rows, weight_CD, dtype)
         best_C = hidden.new_empty(self.num_classes)
         for first in range(0, self.num_classes, class_step):
             rows = slice(first, first + class_step)

@@ -24,6 +24,8 @@ MAX_BITS = 24
 """The largest K: a table then has 2^24 buckets, 64 MiB of offsets."""
 TARGET_BUCKET_LOAD = 256
 """Classes per bucket that `automatic_bits` aims at."""
+DEVICE_NUMBERS = 1 << 25
+"""Of each array that a device makes of rows as it hashes them: 128 MiB in float32."""
 
 
 class HashFamily(Protocol):
@@ -88,6 +90,24 @@ def row_not_hashable(row: int, ids: torch.Tensor | None) -> DivergedError:
     return DivergedError(
         f"The weight row or bias of class {name} holds a value that is not finite; it cannot be hashed."
     )
+
+
+def rows_at_once(width: int, functions: int) -> int:
+    """How many rows a device hashes at once: neither they nor what is made of them exceed `DEVICE_NUMBERS`.
+
+    Args:
+        width: Numbers of a row.
+        functions: Numbers that are made of it.
+    """
+    return max(1, DEVICE_NUMBERS // max(width, functions))
+
+
+def hashing_bytes(num_rows: int, width: int, functions: int) -> int:
+    """What a device takes for a moment to hash so many rows, beside their codes; arguments as for `rows_at_once`.
+
+    That is eight arrays at most: rows as they are widened, squared and scaled, their projections, and these as bits.
+    """
+    return 8 * 4 * min(DEVICE_NUMBERS, num_rows * max(width, functions))
 
 
 def automatic_bits(num_classes: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError
-from slidex.lsh.family import automatic_bits, code_dtype, require_cuda
+from slidex.lsh.family import automatic_bits, code_dtype, hashing_bytes, require_cuda
 from slidex.lsh.index import (
     IndexStats,
     QuerySample,
@@ -130,7 +130,8 @@ class HashIndex:
         tables, bits = self.family.tables, self.family.bits
         stored = np.dtype(code_dtype(bits)).itemsize
         kept = tables * (4 * (2**bits + 1) + (4 + stored + 4) * self.num_classes)
-        return kept + 64 * self.num_classes + min(_QUERY_BYTES, (1 << 16) * self.num_classes)
+        hashing = hashing_bytes(self.num_classes, self.in_features + 2, tables * bits)
+        return kept + 64 * self.num_classes + max(hashing, min(_QUERY_BYTES, (1 << 16) * self.num_classes))
 
     def build(
         self,

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from slidex.errors import ConfigError, DivergedError
-from slidex.lsh.cuda.simhash import pack, pack_probes, quantise
-from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable
+from slidex.lsh.cuda.simhash import mean_row, pack, pack_probes, quantise
+from slidex.lsh.family import MAX_BITS, code_dtype, row_not_hashable, rows_at_once
 from slidex.lsh.hash_index import register_hash_family
 from slidex.lsh.index import check_integer, check_number
 
@@ -43,7 +43,6 @@ _EXACT_LIMIT = 1 << 24
 _INFINITY_BITS = 0x7F800000
 _CHUNK_PROJECTIONS = 1 << 18
 """Projections made at once: they are read again at once, and stay in the second-level cache."""
-_DEVICE_CHUNK_PROJECTIONS = 1 << 25
 _PROJECTION_STREAM = 0x51A5
 
 
@@ -133,7 +132,7 @@ class SimHash:
         self._mean_E = torch.zeros(self._in_features + 1)
         if self._center:
             self._largest_norm(weight_CD, bias_C)  # names the row that would spoil the mean
-            mean = weight_CD.detach().mean(dim=0, dtype=torch.float64).cpu()
+            mean = mean_row(weight_CD.detach()).cpu()
             bias_mean = 0.0 if bias_C is None else float(bias_C.detach().mean(dtype=torch.float64))
             self._mean_E = torch.cat([mean, mean.new_tensor([bias_mean])]).float()
         if self._norm_augmentation:
@@ -166,7 +165,7 @@ class SimHash:
         count = len(weight_CD) if ids is None else len(ids)
         codes_LC = np.empty((self.tables, count), dtype=code_dtype(self.bits))
         projection = self._row_projection_BE.to(self._row_dtype)
-        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, "cpu"):
+        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, "cpu", self._cpu_rows):
             rows = self._prepare_rows(chunk)
             bad = _quantise(rows)
             if bad >= 0:
@@ -202,7 +201,7 @@ class SimHash:
         device = weight_CD.device
         count = len(weight_CD) if ids is None else len(ids)
         codes_LC = torch.empty((self.tables, count), dtype=torch.int32, device=device)
-        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, device):
+        for first, chunk in self._extended_chunks(weight_CD, bias_C, ids, device, self._device_rows):
             rows = self._prepare_rows(chunk)
             bad_M = ~torch.isfinite(rows).all(dim=1)
             if bool(bad_M.any()):
@@ -219,6 +218,14 @@ class SimHash:
         margins_NB = torch.mm(rows_NE, self._projection_on(hidden_ND.device).T)
         return pack_probes(margins_NB, self.tables, self.probes)
 
+    @property
+    def _cpu_rows(self) -> int:
+        return max(64, _CHUNK_PROJECTIONS // len(self._row_projection_BE))
+
+    @property
+    def _device_rows(self) -> int:
+        return rows_at_once(*reversed(self._row_projection_BE.shape))
+
     def _projection_on(self, device: torch.device) -> torch.Tensor:
         if self._device_projection_BE.device != device:
             self._device_projection_BE = self._row_projection_BE.to(device)
@@ -226,7 +233,9 @@ class SimHash:
 
     def _largest_norm(self, weight_CD: torch.Tensor, bias_C: torch.Tensor | None) -> float:
         largest = 0.0
-        for first, rows in self._extended_chunks(weight_CD, bias_C, None, weight_CD.device):
+        device = weight_CD.device
+        step = self._cpu_rows if device.type == "cpu" else self._device_rows
+        for first, rows in self._extended_chunks(weight_CD, bias_C, None, device, step):
             norms = squared_norms(rows)[:, 0].sqrt()
             if not bool(torch.isfinite(norms).all()):
                 row = first + int((~torch.isfinite(norms)).nonzero()[0])
@@ -254,11 +263,10 @@ class SimHash:
         bias_C: torch.Tensor | None,
         ids: torch.Tensor | None,
         device: torch.device | str,
+        step: int,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Chunks of ``[w_c, b_c]`` less the mean: (first row, a fresh float32 (rows, D + 1) on `device`)."""
+        """`step` rows ``[w_c, b_c]`` at a time, less the mean: (first row, fresh float32 (rows, D + 1) on `device`)."""
         count = len(weight_CD) if ids is None else len(ids)
-        chunk = _CHUNK_PROJECTIONS if torch.device(device).type == "cpu" else _DEVICE_CHUNK_PROJECTIONS
-        step = max(64, chunk // len(self._row_projection_BE))
         for first in range(0, count, step):
             weight = _take(weight_CD, first, step, ids)
             extended = torch.empty((len(weight), self._in_features + 1), device=device)

@@ -20,6 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """A machine on which everything is in order; a test changes one thing of it."""
     state: dict[str, object] = {
         "numba-cuda": "0.30.4",
+        "cuda-bindings": "13.0.3",
         "torch": "13.0",
         "driver": (13, 0),
         "gpus": 2,
@@ -49,6 +50,7 @@ def test_a_machine_in_order_gets_the_kernels(machine: dict[str, object]) -> None
     for device in ("cuda", "cuda:1", torch.device("cuda", 0)):
         assert kernels.get(device).__name__ == "slidex.kernels.cuda"
     machine["torch"], machine["driver"] = "12.8", (13, 0)  # a driver serves older CUDA versions
+    machine["cuda-bindings"] = "12.9.1"
     assert kernels.get("cuda").__name__ == "slidex.kernels.cuda"
 
 
@@ -81,6 +83,18 @@ def test_a_missing_part_is_named(
     machine[part] = value
     with pytest.raises(kind, match=message):
         kernels.get("cuda:1")
+
+
+def test_a_numba_cuda_for_a_newer_cuda_than_the_driver_s_is_named(machine: dict[str, object]) -> None:
+    """As ``slidex[cuda]`` brings it beside a torch for CUDA 12."""
+    machine["torch"], machine["driver"] = "12.8", (12, 8)
+    with pytest.raises(
+        DeviceError,
+        match=r"CUDA 13 \(cuda-bindings 13\.0\.3\).*CUDA 12\.8.*'numba-cuda\[cu12\]' 'cuda-bindings==12",
+    ):
+        kernels.get("cuda")
+    machine["cuda-bindings"] = "12.9.1"
+    assert kernels.get("cuda").__name__ == "slidex.kernels.cuda"
 
 
 def test_a_numpy_too_new_for_numba_cuda_is_named(

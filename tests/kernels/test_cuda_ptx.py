@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slidex.errors import ConfigError
-from slidex.kernels import RowState
+from slidex.kernels import RowState, StepSettings
 from slidex.kernels.rounding import MIX_1, MIX_2, mix32
 from tests.kernels.cases import KERNELS, SETTINGS, UPDATES, Problem, Shape, cast, moved
 from tests.kernels.cuda.running import (
@@ -88,6 +88,23 @@ def test_kernel_compiles_to_ptx(name: str, dtype: torch.dtype, tmp_path: Path) -
             assert int(re.search(r"Used (\d+) registers", said)[1]) <= MOST_REGISTERS
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("pair_logits", 10), ("pair_hidden_grad", 4), ("embedding_bag", 4), ("shared_softmax_loss", 4)],
+)
+def test_a_lane_asks_for_several_numbers_before_it_waits_for_one(
+    name: str, least: int, dtype: torch.dtype
+) -> None:
+    """Of rows anywhere in the memory one load on its way in each thread is a tenth of what the memory can give."""
+    ptx = compile_ptx(_launch(name, dtype), (9, 0))
+    loads = r"ld\.global\.(?:f32|u16|b16)"
+    runs = (
+        len(re.findall(loads, part)) for part in re.split(r"fma\.|bra |bar\.|^\$L", ptx, flags=re.MULTILINE)
+    )
+    assert max(runs) >= least
+
+
 def test_the_hash_of_the_rounding_as_it_is_compiled_is_that_of_the_reference() -> None:
     """Numba's rules for unsigned numbers, which the simulator does not follow, on the CPU."""
     from slidex.kernels.cuda import device
@@ -95,6 +112,19 @@ def test_the_hash_of_the_rounding_as_it_is_compiled_is_that_of_the_reference() -
     compiled = numba.njit(device.mix32.py_func)
     numbers = [*range(50), 2**31 - 1, 2**31, 2**32 - 1, *(7**n % 2**32 for n in range(12, 100))]
     assert [int(compiled(np.uint32(number))) for number in numbers] == [mix32(number) for number in numbers]
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_whole_numbers_among_the_settings_compile_nothing_new(name: str) -> None:
+    """And make no float64 of what they meet."""
+    from slidex.kernels import cuda
+
+    arguments = _arguments(name, torch.float32)
+    with recorded_launches() as launches:
+        getattr(cuda, name)(*arguments)
+        arguments[-1] = StepSettings(learning_rate=1, step=1, beta1=0, epsilon=0, weight_decay=0)
+        getattr(cuda, name)(*arguments)
+    assert str(launches[0]) == str(launches[1])
 
 
 @pytest.mark.parametrize("name", KERNELS)

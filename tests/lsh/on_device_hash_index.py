@@ -17,6 +17,7 @@ from tests.lsh.contract import (
 from tests.lsh.parity import PARITY, VARIANTS, assert_equal, made, random_problem
 
 DEVICE = "cuda"
+REPEATS = 250
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGE = [
     *PARITY,
@@ -50,7 +51,7 @@ def test_same_answers_in_every_run(variant) -> None:
     weight_CD, bias_C, hidden_ND = (a.to(DEVICE) for a in random_problem(20_000, 256, 128, torch.float32))
     index = made(variant, weight_CD, bias_C)
     ids_NK, ids = index.query(hidden_ND, 100), index.pool(hidden_ND, 4_000)
-    for _ in range(50):
+    for _ in range(REPEATS):
         assert torch.equal(index.query(hidden_ND, 100), ids_NK)
         assert torch.equal(index.pool(hidden_ND, 4_000), ids)
 

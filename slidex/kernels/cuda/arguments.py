@@ -64,7 +64,7 @@ class Arguments(Checks[torch.Tensor]):
 def coefficients(settings: StepSettings) -> tuple[float | int, ...]:
     """What a row update needs: six numbers in the order of `slidex.kernels.cpu.update`, and the key of its rounding.
 
-    A launch makes float32 and int64 of them.
+    A launch makes float32 of the six, also where a setting is a whole number, and int64 of the key.
     """
     numbers = 1 - settings.beta1, 1 - settings.beta2, settings.epsilon, settings.step_size, settings.shrink
-    return (*numbers, settings.learning_rate, settings.rounding_key)
+    return (*map(float, numbers), float(settings.learning_rate), settings.rounding_key)

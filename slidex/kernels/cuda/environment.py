@@ -37,13 +37,12 @@ def require_numba_cuda() -> None:
     Raises:
         MissingExtraError: It is missing, too old, or numpy is too new for it.
     """
-    try:
-        installed = importlib.metadata.version("numba-cuda")
-    except importlib.metadata.PackageNotFoundError:
+    installed = _installed("numba-cuda")
+    if installed is None:
         raise MissingExtraError(
             "The CUDA kernels need the package numba-cuda, which is not installed. Install it with: "
             "pip install 'slidex[cuda]'"
-        ) from None
+        )
     if _numbers(installed) < OLDEST_NUMBA_CUDA:
         raise MissingExtraError(
             f"The CUDA kernels need numba-cuda {_dotted(OLDEST_NUMBA_CUDA)} or newer. Found {installed}. "
@@ -86,6 +85,13 @@ def require_device(device: torch.device | str = "cuda") -> None:
             f"The NVIDIA driver is too old: it supports CUDA {_dotted(driver)}, torch {torch.__version__} needs CUDA "
             f"{_numbers(built_for)[0]}. Update the driver, or install a torch built for CUDA {driver[0]} and "
             f"numba-cuda[cu{driver[0]}]."
+        )
+    bindings = _installed("cuda-bindings")
+    if bindings is not None and _numbers(bindings)[0] > driver[0]:
+        raise DeviceError(
+            f"numba-cuda is installed for CUDA {_numbers(bindings)[0]} (cuda-bindings {bindings}). The NVIDIA driver "
+            f"supports CUDA {_dotted(driver)}. Update the driver, or install with: "
+            f"pip install 'numba-cuda[cu{driver[0]}]' 'cuda-bindings=={driver[0]}.*'"
         )
     _require_visible(torch.device(device))
 
@@ -148,6 +154,14 @@ def readiness() -> str:
     except SlidexError as error:
         return f"no: {error}"
     return "in the simulator" if simulated() else "yes"
+
+
+def _installed(name: str) -> str | None:
+    """Version of a distribution; None where it is not there."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _built_for() -> str | None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from slidex.errors import MissingExtraError
-from slidex.kernels.cuda.environment import require_numba_cuda, simulated
+from slidex.errors import DeviceError, MissingExtraError
+from slidex.kernels.cuda.environment import driver, driver_version, require_numba_cuda, simulated
 
 require_numba_cuda()
 
@@ -84,6 +84,7 @@ class Kernel:
 
         Raises:
             MissingExtraError: A library that compiles kernels is missing.
+            DeviceError: The driver is too old for what that library makes.
         """
         grid = (blocks,) if isinstance(blocks, int) else blocks
         if 0 in grid:
@@ -102,14 +103,27 @@ class Kernel:
         try:
             compiled = cuda.jit(self.signature(arguments), lto=False)(self.function)
         except Exception as error:
-            if any(library in str(error) for library in ("nvvm", "nvrtc", "libdevice")):
-                raise MissingExtraError(
-                    f"A library that compiles CUDA kernels is missing or fails: {error}. Install it with: "
-                    "pip install 'slidex[cuda]'"
-                ) from error
+            _explain(error)
             raise
         self._compiled[key] = compiled
         return compiled
+
+
+def _explain(error: Exception) -> None:
+    """Raises what a person can do about an error in compiling, where it is the machine's."""
+    text = str(error).lower()
+    if "unsupported_ptx" in text or "unsupported .version" in text:
+        version = ".".join(map(str, driver_version() or (13, 0)))
+        raise DeviceError(
+            f"The NVIDIA driver (it is {driver()}), or nvJitLink, is older than the library that compiles CUDA "
+            f"kernels: {error}. Update the driver, or take older libraries with: "
+            f"pip install 'cuda-toolkit=={version}.*'"
+        ) from error
+    if any(library in text for library in ("nvvm", "nvrtc", "libdevice", "nvjitlink")):
+        raise MissingExtraError(
+            f"A library that compiles CUDA kernels is missing or fails: {error}. Install it with: "
+            "pip install 'slidex[cuda]'; or set CUDA_HOME to a CUDA toolkit."
+        ) from error
 
 
 def kernel(function: Callable[..., None]) -> Kernel:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 _MOST_WARPS = 16
-_SCORES = 4  # of a thread, before a row gets more warps
+_SCORES = 4  # of a thread, before a row gets more warps; those of a pool are asked for together
 
 
 def softmax_loss(
@@ -208,16 +208,21 @@ def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, kept, loss_
     first, step = np.uint64(cuda.threadIdx.x), np.uint64(cuda.blockDim.x)
     start, end, fault = _targets(indptr, positions, n)
     most, zero = np.float32(-np.inf), np.float32(0)
-    u = first
-    while u < width:
-        most = max(most, _offset(scores_NU, offset_U, n, u))
-        u += step
+    base, stride = np.uint64(0), step * np.uint64(_SCORES)
+    while base < width:
+        x0, x1, x2, x3 = _four(scores_NU, offset_U, n, base)
+        most = max(most, x0, x1, x2, x3)
+        base += stride
     most = block_max(most)
     total = aligned = zero
-    u = first
-    while u < width:
-        total += math.exp(_offset(scores_NU, offset_U, n, u) - most)
-        u += step
+    base = np.uint64(0)
+    while base < width:
+        x0, x1, x2, x3 = _four(scores_NU, offset_U, n, base)
+        total += math.exp(x0 - most)
+        total += math.exp(x1 - most)
+        total += math.exp(x2 - most)
+        total += math.exp(x3 - most)
+        base += stride
     mass = fault
     j = start + first
     while j < end:
@@ -237,13 +242,14 @@ def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, kept, loss_
             kept[j] = math.exp(_offset(scores_NU, offset_U, n, u) - most) * scale - wide(weights[j])
         j += step
     cuda.syncthreads()
-    u = first
-    while u < width:
-        grad = zero
-        if mass != zero:
-            grad = math.exp(_offset(scores_NU, offset_U, n, u) - most) * scale
-        store(scores_NU, (n, u), grad)
-        u += step
+    base = np.uint64(0)
+    while base < width:
+        x0, x1, x2, x3 = _four(scores_NU, offset_U, n, base)
+        _put(scores_NU, n, base + first, x0 - most, mass, scale)
+        _put(scores_NU, n, base + first + step, x1 - most, mass, scale)
+        _put(scores_NU, n, base + first + step * np.uint64(2), x2 - most, mass, scale)
+        _put(scores_NU, n, base + first + step * np.uint64(3), x3 - most, mass, scale)
+        base += stride
     cuda.syncthreads()
     if mass != zero:
         _put_back(scores_NU, positions, kept, n, start, end)
@@ -308,6 +314,43 @@ def _shifted(logits_NA, offset_NA, n, a):
 @cuda.jit(device=True)
 def _offset(scores_NU, offset_U, n, u):
     return wide(scores_NU[n, u]) + wide(offset_U[u]) if offset_U.size else wide(scores_NU[n, u])
+
+
+@cuda.jit(device=True)
+def _four(scores_NU, offset_U, n, base):
+    """A thread's scores at `base` and one, two, three blocks of threads behind, -inf behind the last.
+
+    All of the block's warps call it: they ask for four numbers before they need the first.
+    """
+    width, step = np.uint64(scores_NU.shape[1]), np.uint64(cuda.blockDim.x)
+    u0 = base + np.uint64(cuda.threadIdx.x)
+    u1 = u0 + step
+    u2 = u1 + step
+    u3 = u2 + step
+    e0, e1 = u0 if u0 < width else base, u1 if u1 < width else base
+    e2, e3 = u2 if u2 < width else base, u3 if u3 < width else base
+    x0, x1, x2, x3 = scores_NU[n, e0], scores_NU[n, e1], scores_NU[n, e2], scores_NU[n, e3]
+    o0 = o1 = o2 = o3 = np.float32(0)
+    if offset_U.size:
+        o0, o1, o2, o3 = wide(offset_U[e0]), wide(offset_U[e1]), wide(offset_U[e2]), wide(offset_U[e3])
+    cuda.syncwarp()  # else the compiler would ask for each of them when it is needed
+    none = np.float32(-np.inf)
+    return (
+        wide(x0) + o0 if u0 < width else none,
+        wide(x1) + o1 if u1 < width else none,
+        wide(x2) + o2 if u2 < width else none,
+        wide(x3) + o3 if u3 < width else none,
+    )
+
+
+@cuda.jit(device=True)
+def _put(scores_NU, n, u, score, mass, scale):
+    """The gradient at a place, if there is one; 0 in a row without targets."""
+    if u < np.uint64(scores_NU.shape[1]):
+        grad = np.float32(0)
+        if mass != grad:
+            grad = math.exp(score) * scale
+        store(scores_NU, (n, u), grad)
 
 
 @cuda.jit(device=True)

@@ -1,7 +1,8 @@
 """Per-sample mode on the GPU: every row of the batch has its own active classes.
 
-Scores take a warp for each (row, slot) pair; the hidden gradient is a weighted sum of rows (`sums`), the update goes
-class by class (`update`). Letters: N batch rows, C classes, D hidden width, A active slots per row (-1 is a pad).
+Scores take a warp for four slots of a row, whose weights it asks for side by side, so that enough loads are on their
+way; the hidden gradient is a weighted sum of rows (`sums`), the update goes class by class (`update`). Letters: N batch
+rows, C classes, D hidden width, A active slots per row (-1 is a pad).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from slidex.kernels.optimizer import RowState, StepSettings
 
 _WARPS = 4
+_SLOTS = 4  # of a warp
 
 
 def pair_logits(
@@ -46,7 +48,7 @@ def pair_logits(
     active = check.integers("active_NA", active_NA, (num_rows, active_NA.shape[-1]))
     logits_NA = check.empty(*active.shape)
     _logits.launch(
-        blocks_for(active.numel(), _WARPS),
+        blocks_for(num_rows * blocks_for(active.shape[1], _SLOTS), _WARPS),
         _WARPS * WARP,
         check.floats("hidden_ND", hidden_ND, (num_rows, width)),
         check.floats("weight_CD", weight_CD, (num_classes, width)),
@@ -128,22 +130,67 @@ def pair_update(
 
 @kernel
 def _logits(hidden_ND, weight_CD, bias_C, active_NA, logits_NA):
-    pair = cuda.grid(1) // WARP
-    if pair >= active_NA.size:
+    slots, lane = active_NA.shape[1], cuda.laneid
+    groups = (slots + _SLOTS - 1) // _SLOTS
+    group = cuda.grid(1) // WARP
+    if group >= active_NA.shape[0] * groups:
         return
-    n, a = pair // active_NA.shape[1], pair % active_NA.shape[1]
-    c = active_NA[n, a]
-    found = 0 <= c < weight_CD.shape[0]
-    score = np.float32(0)
-    if found:
-        d, width = np.uint64(cuda.laneid), np.uint64(weight_CD.shape[1])
-        while d < width:
-            score += wide(hidden_ND[n, d]) * wide(weight_CD[c, d])
-            d += STRIDE
-    score = warp_sum(score)
-    if found:
-        score += wide(bias_C[c]) if bias_C.size else np.float32(0)
-    else:
-        score = np.float32(-np.inf if c == -1 else np.nan)
-    if cuda.laneid == 0:
-        logits_NA[n, a] = score
+    n, first = np.uint64(group // groups), group % groups * _SLOTS
+    c0, has0 = _class(active_NA, weight_CD, n, first)
+    c1, has1 = _class(active_NA, weight_CD, n, first + 1)
+    c2, has2 = _class(active_NA, weight_CD, n, first + 2)
+    c3, has3 = _class(active_NA, weight_CD, n, first + 3)
+    score0 = score1 = score2 = score3 = np.float32(0)
+    if has0 or has1 or has2 or has3:
+        known = (
+            c0 if has0 else (c1 if has1 else (c2 if has2 else c3))
+        )  # read in place of a class that is none
+        r0, r1 = np.uint64(c0 if has0 else known), np.uint64(c1 if has1 else known)
+        r2, r3 = np.uint64(c2 if has2 else known), np.uint64(c3 if has3 else known)
+        base, width = np.uint64(0), np.uint64(weight_CD.shape[1])
+        while base < width:
+            d0 = base + np.uint64(lane)
+            d1 = d0 + STRIDE
+            e0, e1 = d0 if d0 < width else base, d1 if d1 < width else base
+            h, w0, w1, w2, w3 = (
+                hidden_ND[n, e0],
+                weight_CD[r0, e0],
+                weight_CD[r1, e0],
+                weight_CD[r2, e0],
+                weight_CD[r3, e0],
+            )
+            g, v0, v1, v2, v3 = (
+                hidden_ND[n, e1],
+                weight_CD[r0, e1],
+                weight_CD[r1, e1],
+                weight_CD[r2, e1],
+                weight_CD[r3, e1],
+            )
+            cuda.syncwarp()  # else the compiler would ask for each of them when it is needed
+            if d0 < width:
+                score0 += wide(h) * wide(w0)
+                score1 += wide(h) * wide(w1)
+                score2 += wide(h) * wide(w2)
+                score3 += wide(h) * wide(w3)
+            if d1 < width:
+                score0 += wide(g) * wide(v0)
+                score1 += wide(g) * wide(v1)
+                score2 += wide(g) * wide(v2)
+                score3 += wide(g) * wide(v3)
+            base += STRIDE + STRIDE
+    score0, score1, score2, score3 = warp_sum(score0), warp_sum(score1), warp_sum(score2), warp_sum(score3)
+    if lane < _SLOTS and first + lane < slots:
+        score = (score0 if lane == 0 else score1) if lane < 2 else (score2 if lane == 2 else score3)
+        c, found = _class(active_NA, weight_CD, n, first + lane)
+        if found:
+            score += wide(bias_C[c]) if bias_C.size else np.float32(0)
+        else:
+            score = np.float32(-np.inf if c == -1 else np.nan)
+        logits_NA[n, np.uint64(first + lane)] = score
+
+
+@cuda.jit(device=True)
+def _class(active_NA, weight_CD, n, slot):
+    """The class in a slot, -1 behind the last one, and whether there is such a class."""
+    c = np.int64(active_NA[n, np.uint64(slot)]) if slot < active_NA.shape[1] else np.int64(-1)
+    return c, 0 <= c < weight_CD.shape[0]

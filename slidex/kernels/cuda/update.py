@@ -3,7 +3,8 @@
 The (row, source) pairs are sorted by parameter row, stably, so that the pairs of a row lie together in the order of
 their position. The warp of a row's first pair does the row, the warps of the others end at once: no count comes
 back to the host, no sum needs atomics, and the result is the same bits in every run. The time of a row grows with its
-pairs: one that all rows of a large batch touch is done by one warp. Which optimiser it is the shapes of the state say
+pairs: one that all rows of a large batch touch is done by one warp, in full Adam by one for every 128 columns, since
+there no column needs to know of another. Which optimiser it is the shapes of the state say
 (`slidex.kernels.optimizer.RowState`). New weights of 16 bits are rounded as `slidex.kernels.rounding` says. Letters: R
 parameter rows, D their width, N source rows, M pairs (one parameter row, one source row), U listed rows.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     Parameter = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _MOST_WARPS = 4
+_COLUMNS = 4 * WARP
 _SHARED_FLOATS = 12_288  # 48 KiB, what every GPU gives a block
 _ONE = np.uint64(1)
 
@@ -62,9 +64,9 @@ def update_groups(
     """
     sorted_M, order_M = torch.sort(ids_M, stable=True)
     rows_M = check.integer_none() if source_row_M is None else source_row_M
-    warps = _warps(check, source_ND.shape[1])
+    warps, columns = _layout(check, weights)
     _update_groups.launch(
-        blocks_for(len(ids_M), warps),
+        (blocks_for(len(ids_M), warps), blocks_for(source_ND.shape[1], columns)),
         warps * WARP,
         sorted_M,
         order_M,
@@ -74,8 +76,9 @@ def update_groups(
         source_ND,
         weights,
         biases,
+        columns,
         coefficients(settings),
-        shared=4 * warps * source_ND.shape[1],
+        shared=4 * warps * columns,
     )
 
 
@@ -90,31 +93,35 @@ def update_rows(
 ) -> None:
     """Optimiser step of the rows `ids_U`, each listed once, with the gradients `grad_UD` and `grad_bias_U`."""
     pool_size, width = grad_UD.shape
-    warps = _warps(check, width)
+    warps, columns = _layout(check, weights)
     _update_rows.launch(
-        blocks_for(pool_size, warps),
+        (blocks_for(pool_size, warps), blocks_for(width, columns)),
         warps * WARP,
         ids_U,
         grad_UD,
         grad_bias_U,
         weights,
         biases,
+        columns,
         coefficients(settings),
-        shared=4 * warps * width,
+        shared=4 * warps * columns,
     )
 
 
-def _warps(check: Arguments, width: int) -> int:
-    """Warps a block: a row's gradient lies in shared memory."""
+def _layout(check: Arguments, weights: Parameter) -> tuple[int, int]:
+    """Warps a block, and columns of a row that a warp does: their gradient lies in shared memory."""
+    weight_RD, moment1_RD, moment2_RD = weights
+    width = weight_RD.shape[1]
     if not 1 <= width <= _SHARED_FLOATS:
         check.fail("width", f"from 1 to {_SHARED_FLOATS}", width)
-    return min(_MOST_WARPS, _SHARED_FLOATS // width)
+    by_column = len(moment1_RD) > 0 and moment2_RD.shape[1] == width
+    columns = min(width, _COLUMNS) if by_column else width
+    return min(_MOST_WARPS, _SHARED_FLOATS // columns), columns
 
 
 @kernel
-def _update_groups(sorted_M, order_M, rows_M, slots, scale_M, source_ND, weights, biases, step):
+def _update_groups(sorted_M, order_M, rows_M, slots, scale_M, source_ND, weights, biases, columns, step):
     shared = cuda.shared.array(0, float32)
-    width = source_ND.shape[1]
     first = cuda.grid(1) // WARP
     if first >= sorted_M.size:
         return
@@ -122,18 +129,20 @@ def _update_groups(sorted_M, order_M, rows_M, slots, scale_M, source_ND, weights
     if row < 0 or row >= weights[0].shape[0] or (first > 0 and sorted_M[first - 1] == row):
         return
     warp = cuda.threadIdx.x // WARP
-    gradient_D = shared[warp * width : (warp + 1) * width]
+    gradient_D = shared[warp * columns : (warp + 1) * columns]
+    begin, stop = _part(columns, weights)
     end = _end_of_group(sorted_M, first)
-    bias_gradient = _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D)
-    _update_row(gradient_D, weights, row, step)
-    if biases[0].size and cuda.laneid == 0:
+    bias_gradient = _sum_pairs(
+        order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D, begin, stop
+    )
+    _update_row(gradient_D, weights, row, step, begin, stop)
+    if biases[0].size and cuda.laneid == 0 and cuda.blockIdx.y == 0:
         _update_entry(bias_gradient, biases, row, step)
 
 
 @kernel
-def _update_rows(ids_U, grad_UD, grad_bias_U, weights, biases, step):
+def _update_rows(ids_U, grad_UD, grad_bias_U, weights, biases, columns, step):
     shared = cuda.shared.array(0, float32)
-    width = grad_UD.shape[1]
     u = cuda.grid(1) // WARP
     if u >= ids_U.size:
         return
@@ -141,15 +150,24 @@ def _update_rows(ids_U, grad_UD, grad_bias_U, weights, biases, step):
     if row < 0 or row >= weights[0].shape[0]:
         return
     warp = cuda.threadIdx.x // WARP
-    gradient_D = shared[warp * width : (warp + 1) * width]
-    d = np.uint64(cuda.laneid)
-    while d < np.uint64(width):
-        gradient_D[d] = wide(grad_UD[u, d])
+    gradient_D = shared[warp * columns : (warp + 1) * columns]
+    begin, stop = _part(columns, weights)
+    d = begin + np.uint64(cuda.laneid)
+    while d < stop:
+        gradient_D[d - begin] = wide(grad_UD[u, d])
         d += STRIDE
-    _update_row(gradient_D, weights, row, step)
-    if biases[0].size and cuda.laneid == 0:
+    _update_row(gradient_D, weights, row, step, begin, stop)
+    if biases[0].size and cuda.laneid == 0 and cuda.blockIdx.y == 0:
         bias_gradient = wide(grad_bias_U[u]) if grad_bias_U.size else np.float32(0)
         _update_entry(bias_gradient, biases, row, step)
+
+
+@cuda.jit(device=True)
+def _part(columns, weights):
+    """First column of a block's part of the rows, and the one behind its last."""
+    begin, width = np.uint64(cuda.blockIdx.y) * np.uint64(_COLUMNS), np.uint64(weights[0].shape[1])
+    stop = begin + np.uint64(columns)
+    return begin, stop if stop < width else width
 
 
 @cuda.jit(device=True)
@@ -166,11 +184,10 @@ def _end_of_group(sorted_M, first):
 
 
 @cuda.jit(device=True)
-def _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D):
-    """Sum of the pairs' scaled source rows into `gradient_D`, a lane's columns by itself; returns the scales' sum."""
-    width = np.uint64(source_ND.shape[1])
+def _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_D, begin, width):
+    """Sum of columns `begin` to `width` of the pairs' scaled source rows, a lane by itself; returns that of scales."""
     scales = np.float32(0)
-    d0 = np.uint64(cuda.laneid)
+    d0 = begin + np.uint64(cuda.laneid)
     while d0 < width:
         d1 = d0 + STRIDE
         d2 = d1 + STRIDE
@@ -191,26 +208,26 @@ def _sum_pairs(order_M, first, end, rows_M, slots, scale_M, source_ND, gradient_
                 if d3 < width:
                     sum3 += scale * wide(source_ND[n, d3])
             j += _ONE
-        gradient_D[d0] = sum0
+        gradient_D[d0 - begin] = sum0
         if d1 < width:
-            gradient_D[d1] = sum1
+            gradient_D[d1 - begin] = sum1
         if d2 < width:
-            gradient_D[d2] = sum2
+            gradient_D[d2 - begin] = sum2
         if d3 < width:
-            gradient_D[d3] = sum3
+            gradient_D[d3 - begin] = sum3
         d0 = d3 + STRIDE
     return scales
 
 
 @cuda.jit(device=True)
-def _update_row(gradient_D, weights, row, step):
-    """Update one row of a (R, D) parameter and its state by all lanes; each reads the gradients that it wrote."""
+def _update_row(gradient_D, weights, row, step, begin, stop):
+    """Update a part of a row of a (R, D) parameter and its state; each lane reads the gradients that it wrote."""
     if weights[1].shape[0] == 0:
         _rowwise_adagrad_row(gradient_D, weights, row, step)
     elif weights[2].shape[1] < weights[0].shape[1]:
         _rowwise_adam_row(gradient_D, weights, row, step)
     else:
-        _adam_row(gradient_D, weights, row, step)
+        _adam_row(gradient_D, weights, row, step, begin, stop)
 
 
 @cuda.jit(device=True)
@@ -234,13 +251,13 @@ def _update_entry(gradient, biases, i, step):
 
 
 @cuda.jit(device=True)
-def _adam_row(gradient_D, weights, row, step):
+def _adam_row(gradient_D, weights, row, step, begin, stop):
     weight_RD, moment1_RD, moment2_RD = weights
     take1, take2, epsilon, step_size, shrink, _, key = step
     first = row_key(key, row)
-    d, width = np.uint64(cuda.laneid), np.uint64(weight_RD.shape[1])
-    while d < width:
-        gradient = gradient_D[d]
+    d = begin + np.uint64(cuda.laneid)
+    while d < stop:
+        gradient = gradient_D[d - begin]
         moment1 = moment1_RD[row, d] + (gradient - moment1_RD[row, d]) * take1
         moment2 = moment2_RD[row, d] + (gradient * gradient - moment2_RD[row, d]) * take2
         moment1_RD[row, d] = moment1

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from slidex.lsh.family import rows_at_once
+
 
 def quantise(rows_ME: torch.Tensor, levels: int) -> torch.Tensor:
     """Each row scaled to its largest entry and rounded to integers in ``[-levels, levels]``: float32 (M, E)."""
@@ -19,6 +21,12 @@ def quantise(rows_ME: torch.Tensor, levels: int) -> torch.Tensor:
     scale_M1 = torch.where(scale_M1 > 0, scale_M1, 1.0)
     # Dividing before multiplying keeps subnormal rows finite.
     return (rows_ME / scale_M1).mul_(levels).round_()
+
+
+def mean_row(rows_CD: torch.Tensor) -> torch.Tensor:
+    """Mean of the rows, float64 (D,); torch's own would first copy all of them to float64."""
+    parts = rows_CD.split(rows_at_once(rows_CD.shape[1], 1))
+    return torch.stack([part.sum(dim=0, dtype=torch.float64) for part in parts]).sum(dim=0) / len(rows_CD)
 
 
 def pack(margins_BM: torch.Tensor, tables: int) -> torch.Tensor:

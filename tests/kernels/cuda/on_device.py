@@ -34,6 +34,8 @@ CASES = [(name, "adam") for name in KERNELS] + [
 ]
 WIDTHS = {f"width-{width}": Shape(width=width) for width in (16, 100, 256, 1000, 1024)}
 REPEATS = 250
+MANY, WIDTH = 10_000_000, 256
+"""Of a weight of 2.56 thousand million numbers, 5.1 GB in 16 bits, with Adagrad's one number a row."""
 
 
 @pytest.fixture(scope="module")
@@ -119,29 +121,47 @@ def test_work_is_done_on_the_current_stream(module: object, name: str) -> None:
 
 
 def test_offsets_beyond_two_to_the_31(module: object) -> None:
-    """The last rows of a weight of 2^31 + 2^20 numbers, in 16 bits: 4.3 GB, and Adagrad's one number a row."""
-    width = 1024
-    classes = 2**21 + 2**10
-    weight = torch.zeros(classes, width, dtype=torch.bfloat16, device=DEVICE)
-    last = torch.arange(classes - 8, classes, device=DEVICE)
-    small = torch.randn(8, width, device=DEVICE).bfloat16()
-    weight[last] = small
-    hidden = torch.randn(4, width, device=DEVICE)
-    active, there = last.expand(4, 8).contiguous(), torch.arange(8, device=DEVICE).expand(4, 8).contiguous()
-    torch.testing.assert_close(
-        module.pair_logits(hidden, weight, None, active), module.pair_logits(hidden, small, None, there)
+    """The last of MANY rows, whose offsets take more than 31 bits: kernels do to them what they do to a few."""
+    weight = torch.zeros(MANY, WIDTH, dtype=torch.bfloat16, device=DEVICE)
+    last, first = torch.arange(MANY - 8, MANY, device=DEVICE), torch.arange(8, device=DEVICE)
+    few = torch.randn(8, WIDTH, device=DEVICE).bfloat16()
+    weight[last] = few
+    hidden, grad = torch.randn(4, WIDTH, device=DEVICE), torch.randn(4, 8, device=DEVICE)
+    active, there = last.expand(4, 8).contiguous(), first.expand(4, 8).contiguous()
+    indptr, values = torch.arange(0, 33, 8, device=DEVICE), grad.flatten()
+    for many, same in (
+        (module.pair_logits(hidden, weight, None, active), module.pair_logits(hidden, few, None, there)),
+        (module.pair_hidden_grad(grad, weight, active), module.pair_hidden_grad(grad, few, there)),
+        (module.gather_rows(weight, None, last)[0], few),
+        (
+            module.embedding_bag(indptr, active.flatten(), values, weight, None),
+            module.embedding_bag(indptr, there.flatten(), values, few, None),
+        ),
+    ):
+        assert torch.equal(many, same)
+    state, few_state = (
+        RowState(torch.zeros(0, WIDTH, device=DEVICE), torch.zeros(rows, 1, device=DEVICE))
+        for rows in (MANY, 8)
     )
-    grad = torch.randn(4, 8, device=DEVICE)
-    torch.testing.assert_close(
-        module.pair_hidden_grad(grad, weight, active), module.pair_hidden_grad(grad, small, there)
-    )
-    state = RowState.zeros_like(weight[:, :1], "rowwise_adagrad").to(torch.float32)
-    state = RowState(state.moment1.new_zeros(0, width), state.moment2)
-    small_state = RowState(state.moment1, state.moment2[:8].clone())
-    module.pair_update(grad, hidden, active, weight, None, state, None, SETTINGS)
-    module.pair_update(grad, hidden, there, small, None, small_state, None, SETTINGS)
-    torch.testing.assert_close(weight[last], small, rtol=2**-7, atol=0)  # a row's rounding goes by its id
-    assert not weight[: classes - 8].any()
+    rows_grad = torch.randn(8, WIDTH, device=DEVICE)
+
+    def update(name: str, ids: torch.Tensor, parameter: torch.Tensor, moments: RowState) -> None:
+        pairs = ids.expand(4, 8).contiguous()
+        if name == "pair_update":
+            module.pair_update(grad, hidden, pairs, parameter, None, moments, None, SETTINGS)
+        elif name == "rows_update":
+            module.rows_update(ids, rows_grad, None, parameter, None, moments, None, SETTINGS)
+        else:
+            module.embedding_bag_update(indptr, pairs.flatten(), values, hidden, parameter, moments, SETTINGS)
+
+    for name in UPDATES:
+        update(name, last, weight, state)
+        update(name, first, few, few_state)
+        torch.testing.assert_close(weight[last], few, rtol=2**-7, atol=0)  # a row's rounding goes by its id
+        assert torch.equal(state.moment2[last], few_state.moment2)
+        few.copy_(weight[last])
+    assert not weight[: MANY - 8].any()
+    assert not state.moment2[: MANY - 8].any()
 
 
 def test_shared_mode_learns_as_torch_does(module: object) -> None:

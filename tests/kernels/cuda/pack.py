@@ -2,13 +2,14 @@
 
 ``python -m tests.kernels.cuda.pack --python 3.12 bundle.tar.xz`` where there is an index; then, on the GPU machine,
 ``mkdir site && tar -C site -xf bundle.tar.xz``, and ``PYTHONPATH=site:$PWD make gpu-check``. NVRTC and NVVM are taken
-from that machine's CUDA toolkit (set CUDA_HOME) or from torch's wheels. Tests are left out and libraries stripped:
-some 50 MB instead of 80.
+from that machine's CUDA toolkit or from torch's wheels. Versions are those of the environment that packs, in which the
+kernels were tested. Tests are left out and libraries stripped: some 50 MB instead of 80.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from pathlib import Path
 PACKAGES = (
     "llvmlite",
     "numba",
-    "numba-cuda>=0.30,<0.31",
-    "cuda-bindings>=13,<14",
+    "numba-cuda",
+    "cuda-bindings",
     "cuda-core",
     "cuda-pathfinder",
 )
+MOST_BYTES = 64 << 20
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux_2_27_x86_64",
@@ -41,7 +43,9 @@ import _numba_cuda_redirector
 
 
 def download(python: str, folder: Path) -> list[Path]:
-    """The wheels of `PACKAGES` for a Python version on Linux x86-64."""
+    """The wheels of `PACKAGES`, in the versions installed here, for a Python version on Linux x86-64."""
+    # Without dependencies pip takes the newest of each, and numba takes one llvmlite only.
+    wanted = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
     where = [f"--platform={platform}" for platform in PLATFORMS]
     options = [
         "--quiet",
@@ -50,7 +54,7 @@ def download(python: str, folder: Path) -> list[Path]:
         f"--python-version={python}",
         f"--dest={folder}",
     ]
-    subprocess.run([sys.executable, "-m", "pip", "download", *options, *where, *PACKAGES], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", *options, *where, *wanted], check=True)
     return sorted(folder.glob("*.whl"))
 
 
@@ -67,8 +71,8 @@ def unpack(wheels: list[Path], folder: Path) -> None:
     (folder / "sitecustomize.py").write_text(SITE)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse the command line and write the archive."""
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and write the archive; 1 where it is larger than `MOST_BYTES`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,8 +85,13 @@ def main(arguments: list[str] | None = None) -> None:
         with tarfile.open(options.archive, "w:xz", preset=3) as archive:
             for path in sorted(site.iterdir()):
                 archive.add(path, path.name)
-    print(f"{options.archive}: {options.archive.stat().st_size / 1e6:.1f} MB")
+    size = options.archive.stat().st_size
+    print(f"{options.archive}: {size / 1e6:.1f} MB")
+    if size > MOST_BYTES:
+        print(f"That is more than the {MOST_BYTES / 1e6:.1f} MB that it may have.", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

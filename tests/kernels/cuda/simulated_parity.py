@@ -30,6 +30,7 @@ SHAPES = {
     "width-1": replace(SMALL, width=1),
     "width-16": replace(SMALL, width=16),
     "width-130": replace(SMALL, slots=3, classes=4, width=130),
+    "many-slots": replace(SMALL, slots=35, classes=40, width=5),
 }
 LONG_ROWS = {
     "two-warps-a-row": replace(SMALL, slots=140, classes=150, width=3),
@@ -132,6 +133,11 @@ def test_an_id_out_of_range_shows_as_nan_and_touches_nothing_else() -> None:
     logits = cuda.pair_logits(hidden, weight, None, active)
     assert logits.isnan().tolist() == [[False, True, False], [False, False, False]]
     assert cuda.pair_hidden_grad(torch.ones(2, 3), weight, active).isnan().all(1).tolist() == [True, False]
+    for place in range(20):  # kernels take several at a time
+        many = torch.arange(20).expand(2, 20) % 5
+        many = torch.stack([many[0], torch.where(torch.arange(20) == place, 5, many[1])])
+        assert cuda.pair_logits(hidden, weight, None, many).isnan().nonzero().tolist() == [[1, place]]
+        assert cuda.pair_hidden_grad(torch.ones(2, 20), weight, many).isnan().all(1).tolist() == [False, True]
     active[0, 1] = -2
     assert cuda.pair_logits(hidden, weight, None, active)[0, 1].isnan()
     bags = cuda.embedding_bag(torch.tensor([0, 1, 2, 9]), torch.tensor([-1, 1]), None, weight, None)
