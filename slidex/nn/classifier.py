@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from slidex.nn.sharding import Shard
     from slidex.train.config import TrainConfig
 
-PREDICT_ROWS = 512
-"""Rows scored at once in prediction."""
+PREDICT_ROWS = 2048
+"""Rows scored at once in prediction: with 512, arrays as long as there are features or rows take an eighth of the time."""
 _ROW_SCORES = 1 << 14
 """What the rest of a row's prediction takes, in scores of classes."""
 
