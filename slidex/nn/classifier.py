@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
 
 PREDICT_ROWS = 2048
-"""Rows scored at once in prediction: with 512, making arrays as long as there are features takes an eighth of the time."""
+"""Rows scored at once in prediction: of 512, arrays as long as there are features would take an eighth of the time."""
 _ROW_SCORES = 1 << 14
 """What the rest of a row's prediction takes, in scores of classes."""
 

@@ -101,6 +101,19 @@ def test_an_error_of_rough_products_that_is_not_counted_costs_classes() -> None:
     assert (cpu.best_classes(*arguments, surer)[0] < want_NK - 1e-4).any()
 
 
+def test_rough_products_may_be_off_by_all_of_the_bound() -> None:
+    """By 1 here: the best class looks like 9.125, another one of 9.5 like 10.375, which proves 9.375 at the least."""
+    weight_CD, looks_CD = torch.full((2, 40, 1), 2.0)
+    weight_CD[[3, 30], 0] = torch.tensor([9.5, 10.0])
+    looks_CD[[3, 30], 0] = torch.tensor([10.375, 9.125])
+    rough = RoughRows(looks_CD.bfloat16(), torch.ones(40))
+    rough = replace(rough, norm_C=rough.norm_C / rough.error)
+    arguments = torch.ones(1, 1), weight_CD, torch.zeros(40)
+    assert cpu.best_classes(*arguments, 1, rough)[1].tolist() == [[30]]
+    blind = replace(rough, norm_C=rough.norm_C / 4)
+    assert cpu.best_classes(*arguments, 1, blind)[1].tolist() == [[3]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_errors_of_rough_products_are_within_the_bound(dtype: torch.dtype) -> None:
     hidden_ND, weight_CD, _ = problem(3, rows=200, width=128)
