@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numba
 import torch
 
 from slidex.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FEW_SCORES = 1 << 18
+"""To wake another thread takes longer than so many inner products."""
 
 
 def usable_cores() -> int:
@@ -35,3 +43,18 @@ def set_threads(count: int | None, processes: int = 1) -> int:
     torch.set_num_threads(chosen)
     numba.set_num_threads(chosen)
     return chosen
+
+
+@contextmanager
+def threads_for(scores: int) -> Iterator[None]:
+    """Within it what this thread computes in torch and Numba runs on it alone, if all it is for is `scores` scores."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    if scores <= FEW_SCORES:
+        torch.set_num_threads(1)
+        numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if scores <= FEW_SCORES:
+            torch.set_num_threads(before[0])
+            numba.set_num_threads(before[1])

@@ -15,6 +15,7 @@ from slidex.kernels.cuda.environment import require_device
 from slidex.kernels.inverted_index import InvertedIndex
 from slidex.kernels.linear_weights import LinearWeights
 from slidex.kernels.optimizer import OPTIMIZERS, RowState, StepSettings
+from slidex.kernels.rough_rows import RoughRows
 from slidex.kernels.row_labels import RowLabels
 
 if TYPE_CHECKING:
@@ -22,7 +23,16 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["OPTIMIZERS", "InvertedIndex", "LinearWeights", "RowLabels", "RowState", "StepSettings", "get"]
+__all__ = [
+    "OPTIMIZERS",
+    "InvertedIndex",
+    "LinearWeights",
+    "RoughRows",
+    "RowLabels",
+    "RowState",
+    "StepSettings",
+    "get",
+]
 
 _MODULES = {name: f"slidex.kernels.{name}" for name in ("cpu", "cuda", "reference")}
 

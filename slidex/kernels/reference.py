@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from slidex.kernels.optimizer import RowState, StepSettings
+    from slidex.kernels.rough_rows import RoughRows
     from slidex.kernels.row_labels import RowLabels
 
 
@@ -239,6 +240,17 @@ def inverted_index(
     kept_FN = (has_NF & (rank_NF < longest)).T
     ends = torch.nn.functional.pad(kept_FN.sum(1).cumsum(0), (1, 0))
     return InvertedIndex(ends, kept_FN.nonzero()[:, 1].int(), x_NF.T[kept_FN], len(x_NF))
+
+
+def best_classes(
+    hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor, k: int, rough: RoughRows
+) -> tuple[Tensor, Tensor]:
+    """The k largest ``h . w_c + b_c``, best first, and their classes; `rough` is for kernels in a hurry."""
+    del rough
+    score_NC = hidden_ND @ weight_CD.T + bias_C
+    best_NC, ids_NC = score_NC.sort(dim=1, descending=True, stable=True)
+    pad, missing = torch.nn.functional.pad, max(0, k - score_NC.shape[1])
+    return pad(best_NC[:, :k], (0, missing), value=-torch.inf), pad(ids_NC[:, :k], (0, missing), value=-1)
 
 
 def nearest_rows(

@@ -286,6 +286,13 @@ def test_kernels_are_found_by_device() -> None:
     for name in KERNELS:
         assert callable(getattr(cpu, name))
         assert callable(getattr(reference, name))
-    # Those of the ranker, which works on the CPU: tests/kernels/test_linear.py and test_neighbors.py.
-    ranker = ["linear_fit", "linear_scores", "inverted_index", "nearest_rows", "neighbor_classes"]
+    # Those of the ranker, which works on the CPU: test_linear.py, test_neighbors.py and test_best_classes.py.
+    ranker = [
+        "best_classes",
+        "linear_fit",
+        "linear_scores",
+        "inverted_index",
+        "nearest_rows",
+        "neighbor_classes",
+    ]
     assert sorted([*KERNELS, *ranker]) == sorted(cpu.__all__)

@@ -115,6 +115,8 @@ def test_index_is_what_the_reference_makes(shape: dict[str, int]) -> None:
         {"share": 1e-9, "k": 3},
         {"rows": 3000, "longest": 3000, "k": 20},  # where only those above a bound are ranked
         {"rows": 3000, "longest": 3000, "k": 1, "own": True},
+        {"rows": 3000},  # where a row reads little of the index
+        {"rows": 3000, "longest": 20, "k": 50, "share": 0.8, "own": True},
     ],
     ids=str,
 )

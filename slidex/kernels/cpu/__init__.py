@@ -1,5 +1,6 @@
 """The kernels in Numba for CPUs: same names and signatures as `slidex.kernels.reference`."""
 
+from slidex.kernels.cpu.best_classes import best_classes
 from slidex.kernels.cpu.embedding import embedding_bag, embedding_bag_update
 from slidex.kernels.cpu.linear import linear_fit
 from slidex.kernels.cpu.linear_scoring import linear_scores
@@ -9,6 +10,7 @@ from slidex.kernels.cpu.pairs import pair_hidden_grad, pair_logits, pair_update
 from slidex.kernels.cpu.shared import gather_rows, rows_update
 
 __all__ = [
+    "best_classes",
     "embedding_bag",
     "embedding_bag_update",
     "gather_rows",

@@ -15,12 +15,17 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments
+from slidex.kernels.cpu.heap import GROUPS, best_first, less, offer, reached
+from slidex.kernels.cpu.intrinsics import prefetch_at
 from slidex.kernels.inverted_index import InvertedIndex
 
 if TYPE_CHECKING:
     from slidex.kernels.row_labels import RowLabels
 
-_BINS = 1024  # of sums, to find the k largest among thousands
+_DENSE = 4
+"""Where a row reads more than a fourth as many entries as there are rows, all sums are looked at afterwards."""
+_SHARE_HALVINGS = 8
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def inverted_index(
@@ -153,7 +158,6 @@ def neighbor_classes(
         check.floats("weights_QK", weights_QK, shape),
         labels.indptr.numpy(),
         labels.classes.numpy(),
-        labels.num_classes,
         _chunks(len(near_QK)),
         ids_QB.numpy(),
         votes_QB.numpy(),
@@ -188,9 +192,9 @@ def _invert(indptr, indices, values, num_features, longest):
         for m in range(start, stop if cut else start):
             v = abs(kept[m])
             if size < longest or v >= best[0]:
-                size = _offer(best, ids, size, v, np.int64(rows[m]))
+                size = offer(best, ids, size, v, np.int64(rows[m]))
         for m in range(start, stop):  # what is left moves to the front
-            if not cut or not _less(abs(kept[m]), rows[m], best[0], ids[0]):
+            if not cut or not less(abs(kept[m]), rows[m], best[0], ids[0]):
                 rows[left], kept[left] = rows[m], kept[m]
                 left += 1
         ends[f + 1] = left
@@ -236,110 +240,129 @@ def _nearest_of(
     sum_N, sums = np.zeros(num_rows, row_values.dtype), np.empty(num_rows, row_values.dtype)
     touched = np.empty(num_rows, np.int32)
     for q in range(len(near_QK)):
-        row, width = slice(indptr[q], indptr[q + 1]), 0
-        for j in _largest(values[row], share):
+        row, width, entries = slice(indptr[q], indptr[q + 1]), 0, 0
+        read = _largest(values[row], share)
+        for j in read:
+            f = indices[row.start + j]
+            entries += feature_indptr[f + 1] - feature_indptr[f]
+        if entries * _DENSE > num_rows:
+            width = num_rows
+        for j in read:
             f, v = indices[row.start + j], values[row.start + j]
-            for m in range(feature_indptr[f], feature_indptr[f + 1]):
-                n = rows[m]
-                if sum_N[n] == 0 and width < num_rows:  # twice, should the sum have come back to 0
-                    touched[width] = n
-                    width += 1
-                sum_N[n] += v * row_values[m]
+            own = slice(feature_indptr[f], feature_indptr[f + 1])
+            if entries * _DENSE > num_rows:
+                _add(rows[own], row_values[own], v, sum_N)
+            else:
+                width = _add_noting(rows[own], row_values[own], v, sum_N, touched, width)
         if own_Q[q] >= 0:
             sum_N[own_Q[q]] = 0
-        _take_best(sum_N, touched, width, sums, near_QK[q], products_QK[q])
+        every = width == num_rows  # one may be noted twice and another not at all
+        if every:
+            sums[:], sum_N[:] = sum_N, 0
+        else:
+            for t in range(width):
+                sums[t] = sum_N[touched[t]]
+                sum_N[touched[t]] = 0
+        _take_best(sums[:width], touched, every, near_QK[q], products_QK[q])
+
+
+@njit(nogil=True)
+def _add(rows, row_values, v, sum_N):
+    for m in range(len(rows)):
+        sum_N[np.uint32(rows[m])] += v * row_values[m]
+
+
+@njit(nogil=True)
+def _add_noting(rows, row_values, v, sum_N, touched, width):
+    """Notes those whose sum was 0 too: twice, should it have come back to 0."""
+    for m in range(len(rows)):
+        n = np.uint32(rows[m])
+        if sum_N[n] == 0 and width < len(touched):
+            touched[width] = n
+            width += 1
+        sum_N[n] += v * row_values[m]
+    return width
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def _vote(near_QK, weights_QK, label_indptr, labels, num_classes, chunks, ids_QB, votes_QB):
+def _vote(near_QK, weights_QK, label_indptr, labels, chunks, ids_QB, votes_QB):
     for chunk in prange(chunks):
         part = slice(len(near_QK) * chunk // chunks, len(near_QK) * (chunk + 1) // chunks)
-        _vote_of(
-            near_QK[part], weights_QK[part], label_indptr, labels, num_classes, ids_QB[part], votes_QB[part]
-        )
+        _vote_of(near_QK[part], weights_QK[part], label_indptr, labels, ids_QB[part], votes_QB[part])
 
 
 @njit(nogil=True)
-def _vote_of(near_QK, weights_QK, label_indptr, labels, num_classes, ids_QB, votes_QB):
-    sum_C, sums = np.zeros(num_classes, weights_QK.dtype), np.empty(num_classes, weights_QK.dtype)
-    touched = np.empty(num_classes, np.int32)
+def _vote_of(near_QK, weights_QK, label_indptr, labels, ids_QB, votes_QB):
+    slots, classes, sums = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, weights_QK.dtype)
     for q in range(len(near_QK)):
-        width = 0
-        for k in range(near_QK.shape[1]):
-            n = near_QK[q, k]
-            if n < 0:
-                continue
-            for j in range(label_indptr[n], label_indptr[n + 1]):
-                c = labels[j]
-                if sum_C[c] == 0 and width < num_classes:
-                    touched[width] = c
-                    width += 1
-                sum_C[c] += weights_QK[q, k]
-        _take_best(sum_C, touched, width, sums, ids_QB[q], votes_QB[q])
+        near_K, votes, size = near_QK[q], 0, 1
+        for k in range(len(near_K)):
+            prefetch_at(label_indptr, max(near_K[k], 0))
+        for k in range(len(near_K)):
+            if near_K[k] >= 0:
+                first = label_indptr[near_K[k]]
+                votes += label_indptr[near_K[k] + 1] - first
+                prefetch_at(labels, first)
+        while size < 2 * votes:
+            size *= 2
+        if size > len(slots):
+            slots, classes, sums = (
+                np.empty(size, np.int32),
+                np.empty(size, np.int32),
+                np.empty(size, sums.dtype),
+            )
+        width = _count_votes(near_K, weights_QK[q], label_indptr, labels, slots[:size], classes, sums)
+        _take_best(sums[:width], classes, False, ids_QB[q], votes_QB[q])
 
 
 @njit(nogil=True)
-def _take_best(sum_N, touched, width, sums, ids_K, best_K):
-    """The largest sums above 0 and whose they are, best first, -1 and 0 where there are fewer; leaves zeros in `sum_N`.
+def _count_votes(near_K, weights_K, label_indptr, labels, slots, classes, sums):
+    """Lists the classes that have votes, and their votes; how many there are.
 
-    `touched` holds in `width` places whose sum may not be 0; `sums` is for use in between.
+    `slots` is a table, twice as long as there are votes, of where a class is listed: arrays over all classes would be
+    in no cache.
     """
-    whole, size = width == len(sum_N), 0  # one may be noted twice and another not at all
-    highest = sum_N.dtype.type(0)
-    for t in range(width):
-        n = t if whole else touched[t]
-        sums[t] = sum_N[n]
-        highest = max(highest, sums[t])
-        sum_N[n] = 0
-    least = _bound(sums[:width], highest, len(ids_K))
-    for t in range(width):
-        if sums[t] >= least:  # a call for each would cost more than all else
-            size = _offer(best_K, ids_K, size, sums[t], np.int64(t if whole else touched[t]))
+    slots[:], width = -1, 0
+    for k in range(len(near_K)):
+        n = near_K[k]
+        for j in range(label_indptr[n] if n >= 0 else 0, label_indptr[n + 1] if n >= 0 else 0):
+            c = labels[j]
+            slot = (np.uint64(c) * _GOLDEN >> np.uint64(32)) & np.uint64(len(slots) - 1)
+            while slots[slot] >= 0 and classes[slots[slot]] != c:
+                slot = (slot + np.uint64(1)) & np.uint64(len(slots) - 1)
+            if slots[slot] < 0:
+                slots[slot], classes[width], sums[width] = width, c, 0
+                width += 1
+            sums[slots[slot]] += weights_K[k]
+    return width
+
+
+@njit(nogil=True)
+def _take_best(sums, ids, every, ids_K, best_K):
+    """The largest sums above 0 and whose they are, best first, -1 and 0 where there are fewer.
+
+    Place t is of ``ids[t]``, or where `every` one has its place, of t.
+    """
+    width, size = len(sums), 0
+    groups = min(GROUPS * len(ids_K), max(width, 1))  # place t is of group t % groups
+    best_G = np.zeros(groups, sums.dtype)
+    for start in range(0, width, groups):
+        _raise(best_G, sums[start : start + groups])
+    least = max(reached(best_G, len(ids_K)), np.finfo(sums.dtype).tiny)
+    for g in range(groups):
+        if best_G[g] < least:
+            continue
+        for t in range(g, width, groups):
+            if sums[t] >= least:  # a call for each would cost more than all else
+                size = offer(best_K, ids_K, size, sums[t], np.int64(t if every else ids[t]))
     ids_K[size:], best_K[size:] = -1, 0
-    for left in range(size - 1, 0, -1):  # the least goes last
-        v, n = best_K[left], ids_K[left]
-        best_K[left], ids_K[left] = best_K[0], ids_K[0]
-        _sink(best_K, ids_K, left, v, n)
+    best_first(best_K, ids_K, size)
 
 
 @njit(nogil=True)
-def _offer(values, ids, size, v, i):
-    """Keeps the largest of what is offered in a heap, the least first, of equal ones the higher id; its size then."""
-    if size < len(values):
-        at = size
-        while at > 0:
-            above = (at - 1) // 2
-            if not _less(v, i, values[above], ids[above]):
-                break
-            values[at], ids[at] = values[above], ids[above]
-            at = above
-        values[at], ids[at] = v, i
-        return size + 1
-    if _less(values[0], ids[0], v, i):
-        _sink(values, ids, size, v, i)
-    return size
-
-
-@njit(nogil=True, inline="always")
-def _less(v, i, w, j):
-    return v < w or (v == w and i > j)
-
-
-@njit(nogil=True)
-def _sink(values, ids, size, v, i):
-    """Puts `v` and `i` in the place of a heap's least element."""
-    at = 0
-    while True:
-        below = 2 * at + 1
-        if below >= size:
-            break
-        if below + 1 < size and _less(values[below + 1], ids[below + 1], values[below], ids[below]):
-            below += 1
-        if not _less(values[below], ids[below], v, i):
-            break
-        values[at], ids[at] = values[below], ids[below]
-        at = below
-    values[at], ids[at] = v, i
+def _raise(best_G, sums_G):
+    for g in range(len(sums_G)):
+        best_G[g] = sums_G[g] if sums_G[g] > best_G[g] else best_G[g]
 
 
 @njit(nogil=True)
@@ -347,32 +370,30 @@ def _largest(values, share):
     """Which values have so much of the sum of squares, in rising order."""
     if share == 1:
         return np.arange(len(values))
-    order = np.argsort(-np.abs(values), kind="mergesort")
-    square = 0.0
+    square, high = 0.0, values.dtype.type(0)
     for v in values:
         square += v * v
+        high = max(high, abs(v))
+    # A bound that some more than the share lies above spares the others being sorted.
+    low, wanted = values.dtype.type(0), (1 + 1e-4) * share * square
+    for _ in range(_SHARE_HALVINGS):
+        middle = (low + high) / 2
+        if _square_above(values, middle) >= wanted:
+            low = middle
+        else:
+            high = middle
+    above = np.flatnonzero(np.abs(values) >= low)
+    order = above[np.argsort(-np.abs(values[above]), kind="mergesort")]
     left, size = share * square, 0
-    while left > 0 and size < len(values):
+    while left > 0 and size < len(order):
         left -= values[order[size]] * values[order[size]]
         size += 1
     return np.sort(order[:size])
 
 
 @njit(nogil=True)
-def _bound(sums, highest, k):
-    """A number above 0 that at least k of the sums reach, and not many more; the least above 0 if there are fewer."""
-    tiny = np.finfo(sums.dtype).tiny
-    if len(sums) <= k or highest <= 0:
-        return tiny
-    counts = np.zeros(_BINS, np.int64)
-    scale = _BINS / highest
-    for v in sums:
-        if v > 0:
-            counts[min(np.int64(v * scale), _BINS - 1)] += 1
-    reached = 0
-    for b in range(_BINS - 1, 0, -1):
-        reached += counts[b]
-        if reached >= k:
-            # What was rounded into the bin may lie a little below its edge.
-            return max(sums.dtype.type((b - 0.01) / scale), tiny)
-    return tiny
+def _square_above(values, least):
+    square = values.dtype.type(0)
+    for i in range(len(values)):
+        square += values[i] * values[i] if abs(values[i]) >= least else values.dtype.type(0)
+    return square
