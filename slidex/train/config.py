@@ -197,6 +197,7 @@ _ACCURATE: dict[str, Any] = {
     "ranker_tail": 1.0,
 }
 _FAST: dict[str, Any] = {
+    "pool_size": 6144,
     "epochs": 2,
     "batch_size": 512,
     "learning_rate": 0.012,

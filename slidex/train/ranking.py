@@ -11,6 +11,7 @@ from slidex.errors import InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.lsh import make_index
 from slidex.nn.classifier import PREDICT_ROWS
+from slidex.nn.known_classes import KnownClasses
 from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors, without
 from slidex.train.held_out import training_queries
 from slidex.train.kept_ranker import KeptRanker, load_ranker, save_ranker
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
     from slidex.train.run import Run
 
-EXACT_CLASSES = 1 << 13
-"""Up to so many, all classes are scored to find the candidates of the training rows; beyond, an index proposes them."""
+EXACT_CLASSES, EXACT_SCORES = 1 << 16, 1 << 31
+"""Up to so many, and so many times rows, all classes are scored to find the candidates of the training rows, in a second
+or two; beyond, an index proposes them."""
 TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
 MORE_NEIGHBORS = 100
@@ -117,24 +119,38 @@ def _candidates(
     head = model.head
     count = min(config.ranker_candidates, head.num_classes)
     more = 0 if search is None else min(config.ranker_neighbors + MORE_NEIGHBORS, head.num_classes)
-    index = None
-    if head.num_classes > EXACT_CLASSES:
-        index = make_index(
-            "learned", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED
-        )
-        queries = training_queries(model, dataset, np.empty(0, dtype=np.int64), None)
-        index.build(head.weight, head.bias, queries=queries)
+    best = _proposer(model, dataset, config, x.num_rows, count)
     found_NA = np.empty((x.num_rows, count + more), dtype=np.int32)
     for first in range(0, x.num_rows, PREDICT_ROWS):
         part = slice(first, min(first + PREDICT_ROWS, x.num_rows))
         with torch.no_grad():
             block = x.slice(part.start, part.stop)
             hidden_ND = model.encoder(block)
-        candidates_NA = None if index is None else index.query(hidden_ND, EXTRA_CANDIDATES * count)
-        _, ids_NA = head.topk(hidden_ND, count, candidates_NA=candidates_NA)
+            ids_NA = best(hidden_ND)
         if search is not None:
             found_NB = search.classes(block, more, torch.arange(part.start, part.stop))
             ids_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
         found_NA[part] = ids_NA.numpy()
         tell(part.stop)
     return found_NA
+
+
+def _proposer(
+    model: Classifier, dataset: Dataset, config: TrainConfig, num_rows: int, count: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From hidden vectors of so many rows in all to the `count` best classes of each, int64 (n, count)."""
+    head = model.head
+    if head.num_classes <= min(EXACT_CLASSES, EXACT_SCORES // num_rows):
+        classes = KnownClasses.of(head, torch.arange(head.num_classes))
+        return lambda hidden_ND: classes.topk(hidden_ND, count)[1]
+    index = make_index(
+        "learned", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED
+    )
+    queries = training_queries(model, dataset, np.empty(0, dtype=np.int64), None)
+    index.build(head.weight, head.bias, queries=queries)
+
+    def through_index(hidden_ND: torch.Tensor) -> torch.Tensor:
+        candidates_NA = index.query(hidden_ND, EXTRA_CANDIDATES * count)
+        return head.topk(hidden_ND, count, candidates_NA=candidates_NA)[1]
+
+    return through_index

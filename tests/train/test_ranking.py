@@ -137,8 +137,9 @@ def test_the_tail_setting_adds_the_log_of_inverse_propensities(run, data, tmp_pa
     np.testing.assert_allclose(added_NC.numpy(), np.tile(want_C, (30, 1)), atol=1e-4)
 
 
-def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ranking, "EXACT_CLASSES", 10)
+@pytest.mark.parametrize(("limit", "most"), [("EXACT_CLASSES", 199), ("EXACT_SCORES", 1500 * 200 - 1)])
+def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch, limit, most):
+    monkeypatch.setattr(ranking, limit, most)
     asked = []
     make = ranking.make_index
     monkeypatch.setattr(ranking, "make_index", lambda *a, **k: asked.append((a, k)) or make(*a, **k))
