@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from slidex.train.run import Run
 
 EXACT_CLASSES, EXACT_SCORES = 1 << 16, 1 << 31
-"""Up to so many, and so many times rows, all classes are scored to find the candidates of the training rows, in a second
-or two; beyond, an index proposes them."""
+"""Up to so many, and so many times rows, all classes are scored to find the candidates of the training rows, in a
+second or two; beyond, an index proposes them."""
 TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
 MORE_NEIGHBORS = 100
