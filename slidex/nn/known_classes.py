@@ -24,8 +24,8 @@ class KnownClasses:
 
     Args:
         ids_M: int64, the classes, where the layer is.
-        weight_MD: float32.
-        bias_M: float32.
+        weight_MD: float32; on another device as the layer has them.
+        bias_M: Likewise.
         rough: Of `weight_MD`, in bfloat16 where the CPU has instructions for it; None on another device.
     """
 
