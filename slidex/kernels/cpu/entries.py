@@ -22,6 +22,10 @@ WORD_FEATURES = 1 << 20
 """With more features a word would keep fewer than 12 bits of a value: both are then kept apart."""
 
 
+_LEAST = 2.0**-90
+"""A row without a larger value counts as one of zeros: its scale would be no normal float32."""
+
+
 class Entries(NamedTuple):
     """The entries of sparse rows.
 
@@ -64,7 +68,10 @@ def _into_words(indptr, values, low, ids, scale_N):
         row, most = slice(indptr[n], indptr[n + 1]), 0.0
         for value in values[row]:
             most = max(most, abs(value))
-        scale_N[n] = most / (0x7FFFFE00 - low) if most > 0 else 1  # a float32: 2^-24 off
+        if most > _LEAST:
+            scale_N[n] = most / (
+                0x7FFFFE00 - low
+            )  # rounded to float32, so that the largest word is not quite known
         for j in range(indptr[n], indptr[n + 1]):
             whole = np.int64(np.rint(values[j] / np.float64(scale_N[n])))
             ids[j] |= np.uint32(np.int32((whole - np.int64(ids[j]) + (low + 1) // 2) & ~low))

@@ -63,7 +63,8 @@ def linear_fit(
         positive: bool (P,), whether the class is true for the row.
         indptr: int64 (N + 1,), the features of the rows.
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
-        values: float32 or float64 (nnz,).
+        values: float32 or float64 (nnz,), finite. Those of float32 are rounded: with up to 2^20 features to multiples
+            of their row's largest value over 2^(31 - b), where b bits number all features.
         num_features: F.
         cost: Of the loss, against the distance of the weights from where they are drawn to; above 0. One number, or one
             for each class: (C,), of the dtype of `values`.
@@ -95,6 +96,8 @@ def linear_fit(
     least = costs.min() if len(costs) else 1
     if not least > 0:
         check.fail("cost", "above 0", float(least))
+    if not torch.isfinite(values).all():
+        check.fail("values", "finite", float(values[~torch.isfinite(values)][0]))
     if not math.isfinite(origin):
         check.fail("origin", "a finite number", origin)
     starts = check.offsets("class_indptr", class_indptr, num_classes, len(rows))
@@ -102,13 +105,12 @@ def linear_fit(
         check.ids("rows", rows, (len(rows),), 0, num_rows),
         check.flags("positive", positive, (len(rows),)),
     )
-    offsets = check.offsets("indptr", indptr, num_rows, nnz)
-    ids = check.ids("indices", indices, (nnz,), 0, num_features)
-    arrays = (
-        *pairs,
-        offsets,
-        *ranked_entries(offsets, ids, check.floats("values", values, (nnz,)), num_features),
+    csr = (
+        check.offsets("indptr", indptr, num_rows, nnz),
+        check.ids("indices", indices, (nnz,), 0, num_features),
+        check.floats("values", values, (nnz,)),
     )
+    arrays = *pairs, csr[0], *ranked_entries(*csr, num_features)
     chunks = max(num_chunks(), len(rows) // _CHUNK_PAIRS)
     bounds = np.searchsorted(starts, np.linspace(0, starts[-1], chunks + 1)[1:-1])
     bounds = np.unique([0, *bounds, num_classes])
@@ -162,11 +164,8 @@ def _fit_classes(
     num, kind = len(starts) - 1, square_N.dtype
     counts, biases = np.zeros(num, np.int64), np.full(num, -1, kind)
     kept_f, kept_w, kept = np.empty(1024, np.int32), np.empty(1024, kind), 0
-    w_R, taken_f, taken_w = (
-        np.zeros(len(feature_R), kind),
-        np.empty(len(feature_R), np.int32),
-        np.empty(len(feature_R), kind),
-    )
+    w_R = np.zeros(len(feature_R), kind)
+    taken_f, taken_w = np.empty(len(feature_R), np.int32), np.empty(len(feature_R), kind)
     own_ids, own_x = np.empty(0, np.uint32), np.empty(0, x.dtype)
     for c in range(num):
         pairs = slice(starts[c], starts[c + 1])
