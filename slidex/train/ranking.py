@@ -12,7 +12,7 @@ from slidex.kernels.cpu import linear_fit
 from slidex.lsh import make_index
 from slidex.nn.classifier import PREDICT_ROWS
 from slidex.nn.known_classes import KnownClasses
-from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors, without
+from slidex.nn.ranker import class_pairs, known_classes, neighbor_search, row_tensors, without
 from slidex.train.held_out import training_queries
 from slidex.train.kept_ranker import KeptRanker, load_ranker, save_ranker
 from slidex.train.rows import split_rows
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
     from slidex.train.run import Run
 
-EXACT_CLASSES, EXACT_SCORES = 1 << 16, 1 << 31
-"""Up to so many, and so many times rows, all classes are scored to find the candidates of the training rows, in a
-second or two; beyond, an index proposes them."""
+EXACT_CLASSES = 1 << 16
+"""Up to so many that the network proposes from are all scored to find the candidates of the training rows, in less than
+100 us a row; beyond, an index proposes them."""
 TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
 MORE_NEIGHBORS = 100
@@ -74,8 +74,9 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                 )
 
         search = neighbor_search(x, y) if config.ranker_neighbors else None
+        propose = _proposer(model, dataset, config, run.class_counts())
         found_NA = _candidates(
-            model, dataset, x, config, search, lambda done: tell("candidates", done, x.num_rows)
+            model, x, config, search, propose, lambda done: tell("candidates", done, x.num_rows)
         )
         pairs = class_pairs(y, found_NA)
         weights = linear_fit(
@@ -109,24 +110,22 @@ def cost_factors(labels: CsrArrays) -> torch.Tensor:
 
 def _candidates(
     model: Classifier,
-    dataset: Dataset,
     x: CsrArrays,
     config: TrainConfig,
     search: NeighborSearch | None,
+    propose: Callable[[torch.Tensor], torch.Tensor],
     tell: Callable[[int], None],
 ) -> np.ndarray:
     """The classes that network and neighbours propose for training rows: int32 (N, A), padded with -1."""
-    head = model.head
-    count = min(config.ranker_candidates, head.num_classes)
-    more = 0 if search is None else min(config.ranker_neighbors + MORE_NEIGHBORS, head.num_classes)
-    best = _proposer(model, dataset, config, x.num_rows, count)
+    num_classes = model.head.num_classes
+    count = min(config.ranker_candidates, num_classes)
+    more = 0 if search is None else min(config.ranker_neighbors + MORE_NEIGHBORS, num_classes)
     found_NA = np.empty((x.num_rows, count + more), dtype=np.int32)
     for first in range(0, x.num_rows, PREDICT_ROWS):
         part = slice(first, min(first + PREDICT_ROWS, x.num_rows))
         with torch.no_grad():
             block = x.slice(part.start, part.stop)
-            hidden_ND = model.encoder(block)
-            ids_NA = best(hidden_ND)
+            ids_NA = propose(model.encoder(block))
         if search is not None:
             found_NB = search.classes(block, more, torch.arange(part.start, part.stop))
             ids_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
@@ -136,12 +135,19 @@ def _candidates(
 
 
 def _proposer(
-    model: Classifier, dataset: Dataset, config: TrainConfig, num_rows: int, count: int
+    model: Classifier, dataset: Dataset, config: TrainConfig, class_counts: np.ndarray
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From hidden vectors of so many rows in all to the `count` best classes of each, int64 (n, count)."""
+    """From hidden vectors to the network's best classes of each row, int64 (n, `ranker_candidates`).
+
+    They are of the classes that it proposes from in prediction, unless an index finds them.
+    """
     head = model.head
-    if head.num_classes <= min(EXACT_CLASSES, EXACT_SCORES // num_rows):
-        classes = KnownClasses.of(head, torch.arange(head.num_classes))
+    count = min(config.ranker_candidates, head.num_classes)
+    known_M = known_classes(class_counts, config.ranker_min_rows) if config.ranker_neighbors else None
+    if known_M is None or count > len(known_M):
+        known_M = torch.arange(head.num_classes)
+    if len(known_M) <= EXACT_CLASSES:
+        classes = KnownClasses.of(head, known_M)
         return lambda hidden_ND: classes.topk(hidden_ND, count)[1]
     index = make_index(
         "learned", head.in_features, head.num_classes, seed=config.seed, tables=TABLES, insert=INSERTED

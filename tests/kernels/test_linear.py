@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -172,12 +173,18 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype, restored_thread
         assert torch.equal(getattr(found[0], name), getattr(found[2], name))
 
 
-def test_single_precision_is_near_double() -> None:
+@pytest.mark.parametrize(
+    ("features", "near"), [(40, 1e-4), (1 << 12, 1e-4), (1 << 20, 3e-3), ((1 << 20) + 1, 1e-4)]
+)
+@pytest.mark.parametrize("centroid", [0.0, 2.0])
+def test_single_precision_is_near_double(features: int, near: float, centroid: float) -> None:
+    """Words hold 31 bits less those of a feature's number; values of more than 2^20 features are not rounded."""
     pairs, (indptr, indices, values) = pairs_of(60, 8, 7), sparse_rows(60, 40, 8)
-    numbers = {"cost": 1.0, "passes": 1000, "tolerance": 1e-5}
+    numbers = {"cost": 1.0, "passes": 1000, "tolerance": 1e-5, "centroid": centroid}
     double = dense(cpu.linear_fit(*pairs, indptr, indices, values, 40, **numbers))
-    single = dense(cpu.linear_fit(*pairs, indptr, indices, values.float(), 40, **numbers))
-    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=1e-4)
+    single = cpu.linear_fit(*pairs, indptr, indices, values.float(), features, **numbers)
+    single = dense(replace(single, num_features=40))
+    torch.testing.assert_close(single.double(), double, rtol=1e-3, atol=near)
 
 
 def test_progress_counts_all_classes_and_may_stop_the_fit() -> None:
@@ -232,12 +239,17 @@ def test_a_stopped_fit_leaves_out_what_has_not_begun(
         ({"threshold": float("nan")}, "'threshold'"),
         ({"centroid": -1.0}, "'centroid'"),
         ({"origin": float("inf")}, "'origin'"),
+        ({"values": torch.tensor([1.0, float("nan")]).double()}, "'values' .* finite. Got nan"),
+        ({"values": torch.tensor([-float("inf"), 0.0]).double()}, "'values' .* finite. Got -inf"),
     ],
 )
 def test_fit_refuses_numbers_out_of_range(change: dict[str, Any], message: str) -> None:
-    arguments = *pairs_of(5, 2, 0), *sparse_rows(5, 4, 0), 4
+    names = ("class_indptr", "rows", "positive", "indptr", "indices", "values", "num_features")
+    arguments = dict(zip(names, (*pairs_of(5, 2, 0), *sparse_rows(5, 4, 0), 4), strict=True))
+    if "values" in change:
+        change = {"values": change["values"].repeat(9)[: len(arguments["values"])]}
     with pytest.raises(ConfigError, match=message):
-        cpu.linear_fit(*arguments, **({"cost": 1.0} | change))
+        cpu.linear_fit(**(arguments | {"cost": 1.0} | change))
 
 
 @pytest.mark.parametrize(

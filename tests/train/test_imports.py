@@ -15,7 +15,7 @@ import slidex
 from slidex.train import ranking
 from slidex.train.config import TrainConfig
 
-ranking.EXACT_SCORES = 10  # as where there are many: candidates of an index that learns
+ranking.EXACT_CLASSES = 10  # as where there are many: candidates of an index that learns
 data = slidex.Dataset.open(sys.argv[1])
 settings = {"hidden_width": 8, "mode": "shared", "pool_size": 20, "max_steps": 2}
 settings |= {"ranker_candidates": 5, "ranker_neighbors": 5}

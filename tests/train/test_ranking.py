@@ -20,6 +20,7 @@ from slidex.errors import CheckpointError, ConfigError, InterruptedRunError
 from slidex.kernels import RowLabels
 from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
+from slidex.nn import ranker
 from slidex.nn.ranker import NeighborSearch, class_pairs, neighbor_search, row_tensors, without
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
@@ -137,9 +138,8 @@ def test_the_tail_setting_adds_the_log_of_inverse_propensities(run, data, tmp_pa
     np.testing.assert_allclose(added_NC.numpy(), np.tile(want_C, (30, 1)), atol=1e-4)
 
 
-@pytest.mark.parametrize(("limit", "most"), [("EXACT_CLASSES", 199), ("EXACT_SCORES", 1500 * 200 - 1)])
-def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch, limit, most):
-    monkeypatch.setattr(ranking, limit, most)
+def test_many_classes_have_their_candidates_from_an_index(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranking, "EXACT_CLASSES", 199)
     asked = []
     make = ranking.make_index
     monkeypatch.setattr(ranking, "make_index", lambda *a, **k: asked.append((a, k)) or make(*a, **k))
@@ -172,6 +172,30 @@ def test_fitted_rows_are_those_of_network_and_neighbours(data, tmp_path):
     assert run.model().ranker.proposed == 5
     size = f"index of training rows ({kept.search.nbytes / 1e6:.1f} MB)"
     assert size in run_facts(run.path, verify=False)["ranker"]
+
+
+def test_the_network_proposes_from_the_same_classes_in_fitting_as_in_prediction(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranker, "MIN_KNOWN", 5)
+    counts = data.class_counts()
+    least = int(np.sort(counts)[-20])
+    told, pairs = [], ranking.class_pairs
+    monkeypatch.setattr(
+        ranking, "class_pairs", lambda y, found_NA: told.append(found_NA) or pairs(y, found_NA)
+    )
+    for n, (count, neighbors, limit) in enumerate(((4, 5, 1000), (30, 5, 1000), (4, 5, 10), (4, 0, 1000))):
+        monkeypatch.setattr(ranking, "EXACT_CLASSES", limit)
+        settings = config(ranker_candidates=count, ranker_neighbors=neighbors, ranker_min_rows=least)
+        slidex.fit(data, tmp_path / str(n), settings)
+    known, more, indexed, alone = (
+        counts[found_NA[:, :count]] for found_NA, count in zip(told, (4, 30, 4, 4), strict=True)
+    )
+    assert known.min() >= least
+    for proposed in (
+        more,
+        indexed,
+        alone,
+    ):  # from all: more than are known, from an index, without neighbours
+        assert proposed.min() < least
 
 
 def test_no_training_row_is_a_neighbour_of_its_own(data, tmp_path, monkeypatch):

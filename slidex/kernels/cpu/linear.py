@@ -1,9 +1,8 @@
 """One linear classifier for each class over sparse features, fitted on the rows that matter to the class.
 
-A class's problem is small: its true rows and the rows it was a candidate for. These are copied next to each other with
-the features that occur in them numbered from 0, so that the passes of coordinate descent stay in the cache; the
-features' own numbers come back when weights are written out. Letters: N rows, F features, C classes, P pairs of class
-and row, L features of a class's rows.
+A class's problem is small: its true rows and the rows it was a candidate for. These are copied next to each other, so
+that the passes of coordinate descent stay in the cache. Letters: N rows, F features, R ranks of features, C classes, P
+pairs of class and row.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from numba import njit
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
+from slidex.kernels.cpu.entries import GROUP, add_row, ranked_entries, sparse_dot
 from slidex.kernels.cpu.intrinsics import CACHE_LINE, FUSE, prefetch_at
 from slidex.kernels.linear_weights import LinearWeights
 
@@ -63,7 +63,8 @@ def linear_fit(
         positive: bool (P,), whether the class is true for the row.
         indptr: int64 (N + 1,), the features of the rows.
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
-        values: float32 or float64 (nnz,).
+        values: float32 or float64 (nnz,), finite. Those of float32 are rounded: with up to 2^20 features to multiples
+            of their row's largest value over 2^(31 - b), where b bits number all features.
         num_features: F.
         cost: Of the loss, against the distance of the weights from where they are drawn to; above 0. One number, or one
             for each class: (C,), of the dtype of `values`.
@@ -95,21 +96,26 @@ def linear_fit(
     least = costs.min() if len(costs) else 1
     if not least > 0:
         check.fail("cost", "above 0", float(least))
+    if not torch.isfinite(values).all():
+        check.fail("values", "finite", float(values[~torch.isfinite(values)][0]))
     if not math.isfinite(origin):
         check.fail("origin", "a finite number", origin)
     starts = check.offsets("class_indptr", class_indptr, num_classes, len(rows))
-    arrays = (
+    pairs = (
         check.ids("rows", rows, (len(rows),), 0, num_rows),
         check.flags("positive", positive, (len(rows),)),
+    )
+    csr = (
         check.offsets("indptr", indptr, num_rows, nnz),
         check.ids("indices", indices, (nnz,), 0, num_features),
         check.floats("values", values, (nnz,)),
     )
+    arrays = *pairs, csr[0], *ranked_entries(*csr, num_features)
     chunks = max(num_chunks(), len(rows) // _CHUNK_PAIRS)
     bounds = np.searchsorted(starts, np.linspace(0, starts[-1], chunks + 1)[1:-1])
     bounds = np.unique([0, *bounds, num_classes])
     cost_C = check.floats("cost", costs, (num_classes,))
-    numbers = (num_features, centroid, origin, threshold, passes, tolerance)
+    numbers = (centroid, origin, threshold, passes, tolerance)
 
     def fit(first: int, last: int) -> tuple[np.ndarray, ...]:
         return _fit_classes(first, starts[first : last + 1], cost_C[first:last], *arrays, *numbers)
@@ -139,9 +145,12 @@ def _fit_classes(
     rows,
     positive,
     indptr,
-    indices,
-    values,
-    num_features,
+    ids,
+    x,
+    low,
+    scale_N,
+    square_N,
+    feature_R,
     centroid,
     origin,
     threshold,
@@ -152,41 +161,35 @@ def _fit_classes(
 
     Returns how many weights each class has, int64; their features, int32; the weights; the biases.
     """
-    num = len(starts) - 1
-    counts, biases = np.zeros(num, np.int64), np.full(num, -1, values.dtype)
-    kept_f, kept_w, kept = np.empty(1024, np.int32), np.empty(1024, values.dtype), 0
-    place_F = np.full(num_features, -1, np.int64)
-    feature_L, w_L = np.empty(num_features, np.int32), np.empty(num_features, values.dtype)
-    ids, x = np.empty(0, np.int32), np.empty(0, values.dtype)
-    chosen_L = np.empty(num_features, np.int32)
+    num, kind = len(starts) - 1, square_N.dtype
+    counts, biases = np.zeros(num, np.int64), np.full(num, -1, kind)
+    kept_f, kept_w, kept = np.empty(1024, np.int32), np.empty(1024, kind), 0
+    w_R = np.zeros(len(feature_R), kind)
+    taken_f, taken_w = np.empty(len(feature_R), np.int32), np.empty(len(feature_R), kind)
+    own_ids, own_x = np.empty(0, np.uint32), np.empty(0, x.dtype)
     for c in range(num):
         pairs = slice(starts[c], starts[c + 1])
         if starts[c] == starts[c + 1]:
             continue
-        own, size = rows[pairs], 0
-        at = np.empty(len(own) + 1, np.int64)
-        for p in range(len(own)):
-            at[p] = size
-            size += indptr[own[p] + 1] - indptr[own[p]]
-        at[len(own)] = size
-        if size > len(ids):
-            ids, x = np.empty(size + size // 4, np.int32), np.empty(size + size // 4, values.dtype)
-        width = _copy_rows(c, own, at, indptr, indices, values, place_F, feature_L, ids, x)
-        w_L[:width] = 0
+        own, true = rows[pairs], positive[pairs]
+        at = _offsets(own, indptr)
+        if at[-1] > len(own_ids):
+            own_ids = np.empty(at[-1] + at[-1] // 4, np.uint32)
+            own_x = np.empty(len(own_ids) if len(x) > 0 else 0, x.dtype)
+        _copy_rows(own, at, indptr, ids, x, own_ids, own_x)
+        entries = at, own_ids, own_x, low, scale_N[own]
+        moved = np.zeros(len(own), np.bool_)
         if centroid > 0:
-            _add_centroid(positive[pairs], at, ids, x, w_L[:width], centroid)
-        cost = cost_C[c]
-        biases[c] = _descend(first + c, positive[pairs], at, ids, x, w_L, origin, cost, passes, tolerance)
-        size = 0
-        for i in range(width):
-            if w_L[i] != 0 and abs(w_L[i]) >= threshold:
-                chosen_L[size] = i
-                size += 1
-        chosen = chosen_L[:size][np.argsort(feature_L[chosen_L[:size]])]
+            _add_centroid(true, entries, w_R, moved, centroid)
+        biases[c] = _descend(
+            first + c, true, square_N[own], entries, w_R, moved, origin, cost_C[c], passes, tolerance
+        )
+        size = _take_weights(moved, entries, w_R, threshold, feature_R, taken_f, taken_w)
         if kept + size > len(kept_f):
             room = 2 * (kept + size)
             kept_f, kept_w = _grown(kept_f, room), _grown(kept_w, room)
-        kept_f[kept : kept + size], kept_w[kept : kept + size] = feature_L[chosen], w_L[chosen]
+        order = np.argsort(taken_f[:size])
+        kept_f[kept : kept + size], kept_w[kept : kept + size] = taken_f[order], taken_w[order]
         counts[c] = size
         kept += size
     return counts, kept_f[:kept].copy(), kept_w[:kept].copy(), biases
@@ -213,52 +216,76 @@ def _shuffle(order, state):
 
 
 @njit(nogil=True)
-def _copy_rows(c, own, at, indptr, indices, values, place_F, feature_L, ids, x):
-    """Copies a class's rows next to each other, with features numbered as they come; returns how many there are.
+def _offsets(own, indptr):
+    """Where each of a class's rows begins when they are next to each other, and where the last one ends: int64.
 
-    A feature's number stands in the lower half of `place_F`, the class that it holds for in the upper one.
+    Their sizes are rounded up to multiples of `GROUP`.
     """
-    width, mine = 0, np.int64(c) << 32
+    at = np.empty(len(own) + 1, np.int64)
+    at[0] = 0
     for p in range(len(own)):
-        start = indptr[own[p]]
+        size = indptr[own[p] + 1] - indptr[own[p]]
+        at[p + 1] = at[p] + (size + GROUP - 1) // GROUP * GROUP
+    return at
+
+
+@njit(nogil=True)
+def _copy_rows(own, at, indptr, ids, x, own_ids, own_x):
+    """Copies the entries of a class's rows next to each other, filled up with zeros."""
+    for p in range(len(own)):
+        start, stop = indptr[own[p]], indptr[own[p] + 1]
         if p + _PAIRS_AHEAD < len(own):
-            _prefetch_start(indptr[own[p + _PAIRS_AHEAD]], indices, values)
-        for j in range(at[p + 1] - at[p]):
-            f = indices[start + j]
-            number = place_F[f] - mine
-            if number < 0 or number > 0xFFFFFFFF:
-                number = width
-                place_F[f], feature_L[width] = mine + width, f
-                width += 1
-            ids[at[p] + j], x[at[p] + j] = number, values[start + j]
-    return width
+            _prefetch_start(indptr[own[p + _PAIRS_AHEAD]], ids, x)
+        _copy_row(ids, start, stop, own_ids, at[p], at[p + 1])
+        if len(x) > 0:
+            _copy_row(x, start, stop, own_x, at[p], at[p + 1])
+
+
+@njit(nogil=True)
+def _copy_row(source, start, stop, copy, first, last):
+    for j in range(stop - start):
+        copy[first + j] = source[start + j]
+    copy[first + stop - start : last] = 0
 
 
 @njit(nogil=True, fastmath=FUSE)
-def _add_centroid(positive, at, ids, x, w_L, factor):
-    """Adds `factor` times the unit vector along the sum of the true rows to weights that are 0."""
-    for p in range(len(positive)):
-        if positive[p]:
-            for j in range(at[p], at[p + 1]):
-                w_L[ids[j]] += x[j]
+def _add_centroid(true, entries, w_R, moved, factor):
+    """Adds `factor` times the unit vector along the sum of the true rows to weights that are 0; says whose it moved."""
+    at, ids, x, low, scale_P = entries
     square = 0.0
-    for i in range(len(w_L)):
-        square += w_L[i] * w_L[i]
-    scale = w_L.dtype.type(factor / np.sqrt(square) if square > 0 else 0.0)
-    for i in range(len(w_L)):
-        w_L[i] *= scale
+    for p in np.flatnonzero(true):
+        add_row(at[p], at[p + 1], ids, x, low, w_R, scale_P[p])
+        moved[p] = True
+    for p in np.flatnonzero(true):
+        square += scale_P[p] * sparse_dot(at[p], at[p + 1], ids, x, low, w_R)
+    for p in np.flatnonzero(true):
+        for j in range(at[p], at[p + 1]):
+            w_R[ids[j] & low] = 0
+    scale = w_R.dtype.type(factor / np.sqrt(square) if square > 0 else 0.0)
+    for p in np.flatnonzero(true):
+        add_row(at[p], at[p + 1], ids, x, low, w_R, scale * scale_P[p])
 
 
 @njit(nogil=True, fastmath=FUSE)
-def _descend(seed, positive, at, ids, x, w_L, origin, cost, passes, tolerance):
-    """Dual coordinate descent for one class from the weights in `w_L`, which it moves; returns the bias."""
-    count, kind = len(positive), x.dtype
+def _descend(seed, true, square_P, entries, w_R, moved, origin, cost, passes, tolerance):
+    """Dual coordinate descent for one class from the weights in `w_R`, which it moves; returns the bias.
+
+    Args:
+        seed: For the order of its pairs.
+        true: bool (P,), signs.
+        square_P: Sums of the squares of their rows.
+        entries: Offsets (P + 1,) of the rows, and `ids`, `x`, `low` and `scale` as `Entries` has them.
+        w_R: The weights.
+        moved: bool (P,); is set for every pair whose row was added to them.
+        origin: As for `linear_fit`, like all that follow.
+        cost: Of the class.
+        passes: Over its pairs.
+        tolerance: Of the projected gradients.
+    """
+    at, ids, x, low, scale_P = entries
+    count, kind = len(true), w_R.dtype
     ridge = kind.type(0.5 / cost)  # what the squared loss adds to the diagonal of the dual's quadratic form
-    alpha_P, square_P, active_P = np.zeros(count, kind), np.empty(count, kind), np.arange(count)
-    for p in range(count):
-        square_P[p] = 1 + ridge  # the bias is a feature of value 1
-        for j in range(at[p], at[p + 1]):
-            square_P[p] += x[j] * x[j]
+    alpha_P, active_P = np.zeros(count, kind), np.arange(count)
     bias, active, since = kind.type(origin), count, 0
     state = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x2545F4914F6CDD1D)
     for _ in range(passes):
@@ -269,20 +296,23 @@ def _descend(seed, positive, at, ids, x, w_L, origin, cost, passes, tolerance):
             p = active_P[k]
             if k + _PAIRS_AHEAD < active:
                 _prefetch_start(at[active_P[k + _PAIRS_AHEAD]], ids, x)
-            sign = kind.type(1) if positive[p] else kind.type(-1)
+            sign = kind.type(1) if true[p] else kind.type(-1)
             before = alpha_P[p]
-            gradient = sign * (sparse_dot(at[p], at[p + 1], ids, x, w_L) + bias) - 1 + before * ridge
+            score = scale_P[p] * sparse_dot(at[p], at[p + 1], ids, x, low, w_R) + bias
+            gradient = sign * score - 1 + before * ridge
             if before == 0 and gradient >= 0:  # right, and it has no part in the weights
                 highest, lowest = max(highest, 0), min(lowest, 0)
                 continue
             active_P[left] = p
             left += 1
             highest, lowest = max(highest, gradient), min(lowest, gradient)
-            alpha_P[p] = max(before - gradient / square_P[p], 0)
+            alpha_P[p] = max(
+                before - gradient / (square_P[p] + 1 + ridge), 0
+            )  # the bias is a feature of value 1
             step = (alpha_P[p] - before) * sign
             bias += step
-            for j in range(at[p], at[p + 1]):
-                w_L[ids[j]] += step * x[j]
+            moved[p] = True
+            add_row(at[p], at[p + 1], ids, x, low, w_R, step * scale_P[p])
         done = highest - lowest <= tolerance
         if whole and done:
             break
@@ -295,24 +325,27 @@ def _descend(seed, positive, at, ids, x, w_L, origin, cost, passes, tolerance):
     return bias
 
 
+@njit(nogil=True)
+def _take_weights(moved, entries, w_R, threshold, feature_R, features, weights):
+    """Takes the weights out of `w_R`, which is 0 after it; returns how many of at least `threshold` it has written."""
+    at, ids, _, low, _ = entries
+    size = 0
+    for p in np.flatnonzero(moved):
+        for j in range(at[p], at[p + 1]):
+            rank = ids[j] & low
+            weight = w_R[rank]
+            if weight != 0:
+                w_R[rank] = 0
+                if abs(weight) >= threshold:
+                    features[size], weights[size] = feature_R[rank], weight
+                    size += 1
+    return size
+
+
 @njit(nogil=True, inline="always")
 def _prefetch_start(start, ids, x):
     """Asks for the first cache lines of a pair's row; reading on, the processor finds the rest by itself."""
     for line in range(_LINES_AHEAD):
         prefetch_at(ids, start + line * CACHE_LINE // ids.itemsize)
-        prefetch_at(x, start + line * CACHE_LINE // x.itemsize)
-
-
-@njit(nogil=True, fastmath=FUSE)
-def sparse_dot(start, stop, ids, x, w):
-    """``sum_j x[j] * w[ids[j]]``: four sums, so that additions do not wait for each other; always in this order."""
-    a = b = c = d = x.dtype.type(0)
-    whole = start + (stop - start) // 4 * 4
-    for j in range(start, whole, 4):
-        a += x[j] * w[ids[j]]
-        b += x[j + 1] * w[ids[j + 1]]
-        c += x[j + 2] * w[ids[j + 2]]
-        d += x[j + 3] * w[ids[j + 3]]
-    for j in range(whole, stop):
-        a += x[j] * w[ids[j]]
-    return (a + b) + (c + d)
+        if len(x) > 0:
+            prefetch_at(x, start + line * CACHE_LINE // x.itemsize)

@@ -12,8 +12,8 @@ import torch
 from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments, num_chunks
+from slidex.kernels.cpu.entries import ALL, sparse_dot
 from slidex.kernels.cpu.intrinsics import CACHE_LINE, FUSE, prefetch_at
-from slidex.kernels.cpu.linear import sparse_dot
 
 if TYPE_CHECKING:
     from slidex.kernels.linear_weights import LinearWeights
@@ -108,7 +108,7 @@ def _score_rows(
                 if len(ids) * _SEARCH_COST * np.log2(len(f) + 1) < len(f):
                     out_NA[n, a] = bias_C[c] + _looked_up(ids, x, f, w, places)
                 else:
-                    out_NA[n, a] = bias_C[c] + sparse_dot(0, len(f), f, w, x_F)
+                    out_NA[n, a] = bias_C[c] + sparse_dot(0, len(f), f.view(np.uint32), w, ALL, x_F)
             for j in range(len(ids)):
                 x_F[ids[j]] = 0
 
