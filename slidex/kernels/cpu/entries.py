@@ -22,6 +22,8 @@ WORD_FEATURES = 1 << 20
 """With more features a word would keep fewer than 12 bits of a value: both are then kept apart."""
 
 
+_LARGEST = (1 << 31) - (1 << 9)
+"""Of an integer in a word, nearly: a scale is rounded to 24 bits."""
 _LEAST = 2.0**-90
 """A row without a larger value counts as one of zeros: its scale would be no normal float32."""
 
@@ -69,9 +71,7 @@ def _into_words(indptr, values, low, ids, scale_N):
         for value in values[row]:
             most = max(most, abs(value))
         if most > _LEAST:
-            scale_N[n] = most / (
-                0x7FFFFE00 - low
-            )  # rounded to float32, so that the largest word is not quite known
+            scale_N[n] = most / (_LARGEST - low)
         for j in range(indptr[n], indptr[n + 1]):
             whole = np.int64(np.rint(values[j] / np.float64(scale_N[n])))
             ids[j] |= np.uint32(np.int32((whole - np.int64(ids[j]) + (low + 1) // 2) & ~low))

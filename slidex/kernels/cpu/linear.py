@@ -231,7 +231,7 @@ def _offsets(own, indptr):
 
 @njit(nogil=True)
 def _copy_rows(own, at, indptr, ids, x, own_ids, own_x):
-    """Copies the entries of a class's rows next to each other, filled up with zeros."""
+    """Copies the entries of a class's rows to where they begin in `at`, filled up with zeros."""
     for p in range(len(own)):
         start, stop = indptr[own[p]], indptr[own[p] + 1]
         if p + _PAIRS_AHEAD < len(own):
@@ -274,7 +274,7 @@ def _descend(seed, true, square_P, entries, w_R, moved, origin, cost, passes, to
         seed: For the order of its pairs.
         true: bool (P,), signs.
         square_P: Sums of the squares of their rows.
-        entries: Offsets (P + 1,) of the rows, and `ids`, `x`, `low` and `scale` as `Entries` has them.
+        entries: Offsets (P + 1,) of the rows, their `ids`, `x` and `low` as `Entries` has them, and their scales.
         w_R: The weights.
         moved: bool (P,); is set for every pair whose row was added to them.
         origin: As for `linear_fit`, like all that follow.
@@ -308,7 +308,7 @@ def _descend(seed, true, square_P, entries, w_R, moved, origin, cost, passes, to
             highest, lowest = max(highest, gradient), min(lowest, gradient)
             alpha_P[p] = max(
                 before - gradient / (square_P[p] + 1 + ridge), 0
-            )  # the bias is a feature of value 1
+            )  # 1: the bias, a feature as well
             step = (alpha_P[p] - before) * sign
             bias += step
             moved[p] = True
