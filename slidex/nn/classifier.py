@@ -245,13 +245,18 @@ class Classifier:
     def _best_of(
         self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Likewise of those that the index proposes, of which a row may have fewer, and an estimate if asked for."""
+        known = None if self.known is None or k > len(self.known.ids_M) else self.known
         if estimator is None:
-            candidates_NA = index.query(hidden_ND, max(k, self.candidates))
-            return *self.head.topk(hidden_ND, k, candidates_NA=candidates_NA), None
-        asked = self._partition_candidates(k)
-        scores_NA, ids_NA = self.head.topk(hidden_ND, asked, candidates_NA=index.query(hidden_ND, asked))
-        log_total_N = estimator.log_total(hidden_ND, ids_NA, scores_NA)
-        return scores_NA[:, :k], ids_NA[:, :k], log_total_N
+            ids_NA, log_total_N = index.query(hidden_ND, max(k, self.candidates)), None
+        else:
+            asked = self._partition_candidates(k)
+            scores_NA, ids_NA = self.head.topk(hidden_ND, asked, candidates_NA=index.query(hidden_ND, asked))
+            log_total_N = estimator.log_total(hidden_ND, ids_NA, scores_NA)
+            if known is None:
+                return scores_NA[:, :k], ids_NA[:, :k], log_total_N
+        candidates_NA = ids_NA if known is None else known.only(ids_NA)
+        return *self.head.topk(hidden_ND, k, candidates_NA=candidates_NA), log_total_N
 
     def scores(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
         """What `topk` would give the classes: float32 (N, A), -inf at pads.

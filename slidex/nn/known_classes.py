@@ -26,12 +26,14 @@ class KnownClasses:
         ids_M: int64, the classes, where the layer is.
         weight_MD: float32; on another device as the layer has them.
         bias_M: Likewise.
+        mask_C: bool, of all classes, which these are.
         rough: Of `weight_MD`, in bfloat16 where the CPU has instructions for it; None on another device.
     """
 
     ids_M: torch.Tensor
     weight_MD: torch.Tensor
     bias_M: torch.Tensor
+    mask_C: torch.Tensor
     rough: RoughRows | None
 
     @classmethod
@@ -44,10 +46,14 @@ class KnownClasses:
         """
         ids_M = ids_M.to(head.weight.device)
         weight_MD, bias_M = head.weight.detach()[ids_M], head.bias.detach()[ids_M]
-        if ids_M.device.type != "cpu":
-            return cls(ids_M, weight_MD, bias_M, None)
-        dtype = torch.bfloat16 if doctor.has_native_bf16() is True else torch.float32
-        return cls(ids_M, weight_MD, bias_M, RoughRows.of(weight_MD, dtype))
+        mask_C = torch.zeros(head.num_classes, dtype=torch.bool, device=ids_M.device).index_fill_(
+            0, ids_M, True
+        )
+        rough = None
+        if ids_M.device.type == "cpu":
+            dtype = torch.bfloat16 if doctor.has_native_bf16() is True else torch.float32
+            rough = RoughRows.of(weight_MD, dtype)
+        return cls(ids_M, weight_MD, bias_M, mask_C, rough)
 
     def topk(self, hidden_ND: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores float32 and ids int64 (N, k) of the best of them, best first, as if all products were in float32.
@@ -61,3 +67,7 @@ class KnownClasses:
         else:
             scores_NK, places_NK = cpu.best_classes(hidden_ND, self.weight_MD, self.bias_M, k, self.rough)
         return scores_NK, self.ids_M[places_NK]
+
+    def only(self, ids_NA: torch.Tensor) -> torch.Tensor:
+        """The ids that an index proposes, with -1 for each that is of none of these classes."""
+        return torch.where((ids_NA >= 0) & self.mask_C[ids_NA.clamp(min=0)], ids_NA, -1)

@@ -11,6 +11,7 @@ import torch
 from slidex.data import CsrArrays
 from slidex.errors import ConfigError
 from slidex.kernels import LinearWeights, reference
+from slidex.lsh import make_index
 from slidex.nn.classifier import PREDICT_ROWS, Classifier
 from slidex.nn.ranker import (
     LinearRanker,
@@ -99,19 +100,24 @@ def test_logits_far_below_the_best_one_count_alike() -> None:
     assert (scores_NK - want_NA.gather(1, best_NK)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("totals", [False, True])
-def test_a_network_proposes_only_classes_that_it_knows(totals: bool) -> None:
+def test_a_network_proposes_only_classes_that_it_knows(indexed: bool, totals: bool) -> None:
+    """Scored all or of an index, which finds all here; the partition function is of all classes."""
     network, x = model(), random_rows(50, 1)
+    index = make_index("exact", network.head.in_features, C)
+    index.build(network.head.weight, network.head.bias)
+    network = replace(network, index=index, candidates=C)
     known_M = torch.arange(0, C, 3)
     some = replace(network, ranker=replace(ranker(4, factor=0.0), known_M=known_M))
-    found = next(iter(some.ranked(x, 4, totals=totals)))
+    found = next(iter(some.ranked(x, 4, totals=totals, indexed=indexed)))
     logits_NM = network.scores(x, known_M.repeat(50, 1))
     assert torch.equal(found.ids_NK, known_M[logits_NM.topk(4).indices])
     torch.testing.assert_close(found.scores_NK, logits_NM.topk(4).values)
     if totals:
         every_N = network.scores(x, torch.arange(C).repeat(50, 1)).logsumexp(1)
         torch.testing.assert_close(found.log_total_N, every_N)
-    more = next(iter(some.ranked(x, C, totals=totals)))  # than it knows
+    more = next(iter(some.ranked(x, C, totals=totals, indexed=indexed)))  # than it knows
     assert set(more.ids_NK[0].tolist()) == set(range(C))
 
 
