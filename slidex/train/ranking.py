@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from slidex.train.run import Run
 
 EXACT_CLASSES = 1 << 16
-"""Up to so many that the network proposes from are all scored to find the candidates of the training rows, in less than
-100 us a row; beyond, an index proposes them."""
+"""Up to so many that the network proposes from are all scored to find the candidates of the training rows; beyond, an
+index proposes them."""
 TABLES, INSERTED, EXTRA_CANDIDATES = 16, 64, 8
 """Of that index, with learned hash functions and inserted labels; and how many times what is wanted it is asked for."""
 MORE_NEIGHBORS = 100
