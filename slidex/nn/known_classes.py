@@ -70,4 +70,4 @@ class KnownClasses:
 
     def only(self, ids_NA: torch.Tensor) -> torch.Tensor:
         """The ids that an index proposes, with -1 for each that is of none of these classes."""
-        return torch.where((ids_NA >= 0) & self.mask_C[ids_NA.clamp(min=0)], ids_NA, -1)
+        return torch.where(self.mask_C[ids_NA.clamp(min=0)], ids_NA, -1)  # a pad is -1 either way

@@ -20,8 +20,6 @@ GROUP = 4
 """Entries that a loop takes at once. Rows of a multiple of it have no rest, at whose end a processor guesses wrong."""
 WORD_FEATURES = 1 << 20
 """With more features a word would keep fewer than 12 bits of a value: both are then kept apart."""
-
-
 _LARGEST = (1 << 31) - (1 << 9)
 """Of an integer in a word, nearly: a scale is rounded to 24 bits."""
 _LEAST = 2.0**-90

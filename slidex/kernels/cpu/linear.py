@@ -63,7 +63,7 @@ def linear_fit(
         positive: bool (P,), whether the class is true for the row.
         indptr: int64 (N + 1,), the features of the rows.
         indices: int32 or int64 (nnz,), in [0, F), each at most once in a row.
-        values: float32 or float64 (nnz,), finite. Those of float32 are rounded: with up to 2^20 features to multiples
+        values: float32 or float64 (nnz,), finite. With up to 2^20 features those of float32 are rounded to multiples
             of their row's largest value over 2^(31 - b), where b bits number all features.
         num_features: F.
         cost: Of the loss, against the distance of the weights from where they are drawn to; above 0. One number, or one
