@@ -35,6 +35,7 @@ from benchmarks.roofline import MODES, SHARED, Batch, Ceilings, in_words, stages
 from slidex.kernels import cpu
 from slidex.kernels.cpu import embedding, pairs
 from slidex.lsh.hash_index import HashIndex
+from slidex.nn import products
 from slidex.threads import set_threads
 from slidex.train.config import TrainConfig
 from slidex.train.loop import Trainer
@@ -72,11 +73,6 @@ class Clock:
         spent[1] += faults - self._faults
         self._last, self._faults = now, faults
 
-    @property
-    def stage(self) -> str:
-        """The one that is running."""
-        return self._stack[-1]
-
     @contextmanager
     def running(self, stage: str) -> Iterator[None]:
         """Books what happens inside on `stage`."""
@@ -88,13 +84,11 @@ class Clock:
             self._book()
             self._stack.pop()
 
-    def wrap(
-        self, stage: str | Callable[[], str], function: Callable, keep: Callable | None = None
-    ) -> Callable:
+    def wrap(self, stage: str, function: Callable, keep: Callable | None = None) -> Callable:
         """`function`, timed as `stage`; `kept` gets what `keep` makes of its result, by the function's name."""
 
         def timed(*arguments: Any, **named: Any) -> Any:
-            with self.running(stage if isinstance(stage, str) else stage()):
+            with self.running(stage):
                 result = function(*arguments, **named)
             if keep is not None:
                 self.kept[function.__name__] = keep(result)
@@ -126,8 +120,7 @@ def timed(trainer: Trainer, clock: Clock) -> Iterator[None]:
     head, encoder, index, selector = model.head, model.encoder, model.index, model.head.selector
     assert isinstance(index, HashIndex)
     assert selector is not None
-    products = {"score passes": "score product", "gradient passes": "gradient products"}
-    stages: list[tuple[object, str, str | Callable[[], str], Callable | None]] = [
+    stages: list[tuple[object, str, str, Callable | None]] = [
         (trainer.rehasher, "rehash_if_due", "rehash", lambda done: done),
         (trainer.record, "note", "class record", None),
         (encoder, "forward_train", "encoder layers", None),
@@ -139,7 +132,9 @@ def timed(trainer: Trainer, clock: Clock) -> Iterator[None]:
         (embedding, "group_by_id", "bag grouping", None),
         (head, "score", "score passes", lambda scored: scored.ids),
         (head, "update", "gradient passes", None),
-        (head.scorer, "_matmul", lambda: products[clock.stage], None),
+        (products, "class_scores", "score product", None),
+        (products, "hidden_gradient", "gradient products", None),
+        (products, "rows_gradient", "gradient products", None),
         (selector, "pool" if head.mode == SHARED else "active_sets", "selection", None),
         (selector.sampler, "sample", "random draw", len),
         (index.family, "hash_queries", "hashing", lambda codes_NLV: codes_NLV),

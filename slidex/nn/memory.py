@@ -15,7 +15,7 @@ import torch
 
 from slidex.errors import DeviceError
 from slidex.kernels.optimizer import state_size
-from slidex.nn.scoring import CLASSES_AT_ONCE
+from slidex.nn.products import CLASSES_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,11 +67,11 @@ def step_bytes(
     pool = num_classes
     if settings.mode == "shared":
         pool = min(settings.pool_size, num_classes) + labels
-    gathered = 8 * pool * in_features
-    if settings.mode == "exact":  # all rows, in the dtype of the products where that is another
+    piece, gathered = min(pool, CLASSES_AT_ONCE), 8 * pool * in_features
+    if settings.mode == "exact":  # a piece, in the dtype of the products where that is another
         widened = weight_dtype.itemsize == 2 and settings.precision == "float32"
-        gathered = (4 if widened else 2) * pool * in_features
-    gradient = 4 * min(pool, CLASSES_AT_ONCE) * in_features
+        gathered = (4 if widened else 2) * piece * in_features
+    gradient = 4 * piece * in_features
     return 12 * num_rows * pool + gathered + gradient + 64 * pool
 
 

@@ -22,6 +22,7 @@ import torch
 
 from slidex.errors import ConfigError
 from slidex.kernels import cpu
+from slidex.nn import products
 from slidex.nn.device_candidates import DeviceSelector
 from slidex.nn.label_places import PlacedLabels, class_places, first_slots
 from slidex.nn.sharding import Targets, sharded_softmax_loss
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 MODES = ("exact", "shared", "per_sample")
 LOSSES = ("softmax", "logistic")
 PRECISIONS = ("float32", "bfloat16")
-CLASSES_AT_ONCE = 1 << 16
-"""Of a pool that is updated in pieces: their gradient exists for a moment."""
 
 
 class Rows(NamedTuple):
@@ -126,8 +125,14 @@ class Scorer:
         self.shard = shard
         self._placement: Placement | None = None
         self._chooser: CandidateSelector | DeviceSelector | None = selector
+        self._memory: torch.Tensor | None = None
+        """Of the last gradient of all classes, for the next scores: else a step would ask the system for as much."""
         self.pads = False
         """Whether `Scored.ids` of a pool has pads."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the memory that is only kept for the next step."""
+        return {**vars(self), "_memory": None}
 
     def place(self, placement: Placement, index_name: str) -> None:
         """Computes where the layer is from now on; labels are then `DeviceLabels` unless that is the CPU.
@@ -193,8 +198,9 @@ class Scorer:
             active = (ids_U >= 0).sum() if self.pads else float(len(ids_U))
             gathered_U = ids_U.clamp(min=0) if self.pads else ids_U
             rows_UD, bias_U = self._kernels.gather_rows(rows.weight, rows.bias, gathered_U)
-        rows_UD = rows_UD.to(torch.bfloat16 if self.precision == "bfloat16" else hidden_ND.dtype)
-        logits_NU = self._matmul(hidden_ND, rows_UD.T)
+            rows_UD = rows_UD.to(self._product_dtype(hidden_ND))
+        memory = self._take_memory((len(hidden_ND), len(ids_U)), hidden_ND.dtype)
+        logits_NU = products.class_scores(hidden_ND, rows_UD, self._product_dtype(hidden_ND), memory)
         weights = targets.weights if mass is None else mass.weights
         targets = targets._replace(weights=weights.to(logits_NU.dtype))
         loss_N, grad_NU = self._pool_loss(logits_NU, bias_U, offset_U, ids_U, targets, mass, row_scale)
@@ -205,7 +211,7 @@ class Scorer:
         """Gradient of the hidden vectors, (N, D); with a shard, this process's part of the sum."""
         if self.mode == "per_sample":
             return self._kernels.pair_hidden_grad(scored.grad, scored.rows_UD, scored.ids)
-        return self._matmul(scored.grad, scored.rows_UD)
+        return products.hidden_gradient(scored.grad, scored.rows_UD, self._product_dtype(scored.grad))
 
     def update(
         self,
@@ -215,7 +221,7 @@ class Scorer:
         bias_state: RowState | None,
         settings: StepSettings,
     ) -> None:
-        """Applies one optimiser step to the rows that were scored, in place."""
+        """Applies one optimiser step to the rows that were scored, in place; `scored` is of no more use then."""
         grad, hidden_ND = scored.grad, scored.hidden_ND
         layer = (
             rows.weight.detach(),
@@ -226,10 +232,12 @@ class Scorer:
         if self.mode == "per_sample":
             self._kernels.pair_update(grad, hidden_ND, scored.ids, *layer, settings)
             return
-        for first in range(0, len(scored.ids), CLASSES_AT_ONCE):
-            part = slice(first, first + CLASSES_AT_ONCE)
-            grad_rows_UD = self._matmul(grad[:, part].T, hidden_ND)
+        dtype = self._product_dtype(hidden_ND)
+        for part in products.pieces(hidden_ND, len(scored.ids)):
+            grad_rows_UD = products.rows_gradient(grad[:, part], hidden_ND, dtype)
             self._kernels.rows_update(scored.ids[part], grad_rows_UD, grad[:, part].sum(0), *layer, settings)
+        if self.mode == "exact" and grad.device.type == "cpu":  # a device keeps memory by itself
+            self._memory = grad
 
     def rows_grad(self, scored: Scored) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradient of the rows that were scored: int64 ids (U,), ascending, and gradients (U, D) and (U,).
@@ -253,7 +261,7 @@ class Scorer:
         ids_U, order = ids.sort()
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
-        return ids_U, self._matmul(grad.T, hidden_ND), grad.sum(0)
+        return ids_U, products.rows_gradient(grad, hidden_ND, self._product_dtype(hidden_ND)), grad.sum(0)
 
     def _pool_loss(
         self,
@@ -350,10 +358,16 @@ class Scorer:
     def _over_processes(self, loss_N: torch.Tensor) -> torch.Tensor:
         return loss_N if self.shard is None else self.shard.reduce(loss_N)
 
-    def _matmul(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        if self.precision == "float32":
-            return a @ b
-        return (a.bfloat16() @ b.bfloat16()).to(a.dtype)
+    def _take_memory(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+        """What the last step left, if it fits; it is given away, so that a loss before the next update gets its own."""
+        memory, self._memory = self._memory, None
+        fits = (
+            memory is not None and memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
+        )
+        return memory if fits else None
+
+    def _product_dtype(self, like: torch.Tensor) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bfloat16" else like.dtype
 
 
 def best_candidates(

@@ -198,6 +198,7 @@ _ACCURATE: dict[str, Any] = {
 }
 _FAST: dict[str, Any] = {
     "pool_size": 6144,
+    "random_power": 0.75,
     "epochs": 2,
     "batch_size": 512,
     "learning_rate": 0.012,

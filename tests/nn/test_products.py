@@ -1,0 +1,116 @@
+"""The matrix products of a layer, in pieces of classes, and the memory of all classes' scores that a step leaves."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from slidex.data.csr import CsrArrays
+from slidex.kernels import StepSettings
+from slidex.nn import products
+from slidex.nn.head import SampledHead
+
+N, D, U = 6, 8, 2500
+
+
+@pytest.fixture
+def arrays():
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((N, D), (U, D), (N, U))
+    )
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(products, "_CPU_PIECE", 1)
+    assert len(list(products.pieces(torch.empty(N, D), U))) == 3
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (512, 128), (128, 4096), (0, 8), (1 << 24, 1)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("classes", [0, 1, 1024, 70_000])
+def test_pieces_cover_every_class_once(rows, width, device, classes):
+    like = torch.empty(1, device=device).expand(rows, width)
+    parts = list(products.pieces(like, classes))
+    assert [c for part in parts for c in range(classes)[part]] == list(range(classes))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("product", [torch.bfloat16, None])
+@pytest.mark.usefixtures("small_pieces")
+def test_products_in_pieces_are_those_of_all(arrays, given, product):
+    hidden, rows, grad = (array.to(given) for array in arrays)
+    dtype = product or given
+    wide, rounded = torch.float64, [array.to(dtype).double() for array in arrays]
+    tolerance = {"rtol": 2**-8, "atol": 1e-2} if product else {"rtol": 1e-5, "atol": 1e-4}
+    expected = rounded[0] @ rounded[1].T, rounded[2] @ rounded[1], rounded[2].T @ rounded[0]
+    found = (
+        products.class_scores(hidden, rows, dtype),
+        products.hidden_gradient(grad, rows, dtype),
+        products.rows_gradient(grad, hidden, dtype),
+    )
+    for is_, ought in zip(found, expected, strict=True):
+        assert is_.dtype == given
+        scale = float(ought.abs().max())
+        torch.testing.assert_close(is_.to(wide) / scale, ought / scale, **tolerance)
+
+
+def test_scores_go_where_they_are_asked(arrays):
+    hidden, rows, _ = (array.float() for array in arrays)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full((N, U), torch.nan)
+        assert products.class_scores(hidden, rows, dtype, out) is out
+        assert torch.equal(out, products.class_scores(hidden, rows, dtype))
+
+
+def labels(rows=N):
+    return CsrArrays(np.arange(rows + 1), np.arange(rows, dtype=np.int32), np.ones(rows, np.float32), U)
+
+
+@pytest.fixture
+def head():
+    return SampledHead(D, U, mode="exact", selector=None, seed=0, precision="bfloat16")
+
+
+def step(head, scored, number=1):
+    head.update(scored, StepSettings(learning_rate=0.01, step=number))
+
+
+def test_a_step_takes_the_memory_of_the_last_one_and_no_other_does(arrays, head):
+    hidden = arrays[0].float()
+    first = head.score(hidden, labels(), 1)
+    second = head.score(hidden, labels(), 1)
+    kept, place = second.grad.clone(), first.grad.data_ptr()
+    assert second.grad.data_ptr() != place
+    step(head, first)
+    third = head.score(hidden, labels(), 2)
+    fourth = head.score(hidden, labels(), 2)
+    assert third.grad.data_ptr() == place != fourth.grad.data_ptr()
+    assert torch.equal(second.grad, kept)
+    assert torch.equal(third.grad, fourth.grad)
+
+
+def test_memory_of_another_shape_or_dtype_is_not_taken(arrays, head):
+    hidden = arrays[0].float()
+    step(head, head.score(hidden, labels(), 1))
+    short = head.score(hidden[:2], labels(2), 2)
+    assert short.grad.shape == (2, U)
+    assert torch.isfinite(short.grad).all()
+    step(head, short, 2)
+    head.double()
+    assert head.score(arrays[0], labels(), 3).grad.dtype == torch.float64
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])  # noqa: S301
+def test_a_copy_does_not_carry_it(arrays, head, duplicate):
+    hidden = arrays[0].float()
+    step(head, head.score(hidden, labels(), 1))
+    other = duplicate(head)
+    assert other.scorer._memory is None
+    assert head.scorer._memory is not None
+    assert torch.equal(other.score(hidden, labels(), 2).grad, head.score(hidden, labels(), 2).grad)
