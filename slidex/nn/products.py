@@ -4,7 +4,10 @@ On a CPU they are made in pieces of classes, so that what a product needs for a 
 that the process has already: of 283 thousand classes a step with fresh arrays takes three times as long, most of it for
 page faults. On a device, whose memory is kept, pieces only bound what is needed at a time.
 
-Legend: N rows in a batch, U classes, D hidden width.
+In bfloat16 a CPU's products are oneDNN's, which compiles code for every new shape, a millisecond and a megabyte or so,
+and keeps a thousand of them. Pools have a size of their own in every step, so there zeros fill them up to few sizes.
+
+Legend: N rows in a batch, U classes, V at least as many, D hidden width.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ CLASSES_AT_ONCE = 1 << 16
 _CPU_PIECE = 1 << 23
 """Scores, or numbers of gradients of rows, in a piece: 16 MiB of bfloat16. For arrays beyond 32 MiB glibc asks the
 system each time."""
+_SIZES = 256
+"""The number of classes in a product in bfloat16 on a CPU is a multiple of it."""
 
 
 def pieces(like_ND: torch.Tensor, num_classes: int) -> Iterator[slice]:
@@ -37,37 +42,70 @@ def pieces(like_ND: torch.Tensor, num_classes: int) -> Iterator[slice]:
         yield slice(first, min(first + size, num_classes))
 
 
+def pool_rows(rows_UD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A pool's rows as `class_scores` and `hidden_gradient` are to have them: (V, D) in the dtype of the products."""
+    return _filled_up(rows_UD, dtype, _size(len(rows_UD), dtype, rows_UD.device), 0)
+
+
 def class_scores(
-    hidden_ND: torch.Tensor, rows_UD: torch.Tensor, dtype: torch.dtype, out_NU: torch.Tensor | None = None
+    hidden_ND: torch.Tensor,
+    rows_VD: torch.Tensor,
+    dtype: torch.dtype,
+    num_classes: int,
+    out_NU: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``hidden rowsᵀ``, (N, U), in the dtype of `hidden_ND`.
 
     Args:
         hidden_ND: float32 or float64.
-        rows_UD: float.
+        rows_VD: float; those beyond U do not count.
         dtype: Of the product.
+        num_classes: U.
         out_NU: Takes the result; None makes a new tensor.
     """
     if out_NU is None:
-        out_NU = hidden_ND.new_empty(len(hidden_ND), len(rows_UD))
-    if dtype == hidden_ND.dtype == rows_UD.dtype:
-        return torch.mm(hidden_ND, rows_UD.T, out=out_NU)
+        out_NU = hidden_ND.new_empty(len(hidden_ND), num_classes)
+    if dtype == hidden_ND.dtype == rows_VD.dtype:
+        return torch.mm(hidden_ND, rows_VD.T, out=out_NU)
     narrow_ND = hidden_ND.to(dtype)
-    for part in pieces(hidden_ND, len(rows_UD)):
-        out_NU[:, part] = narrow_ND @ rows_UD[part].to(dtype).T
+    for part in pieces(hidden_ND, len(rows_VD)):
+        piece_NU = out_NU[:, part]
+        piece_NU.copy_((narrow_ND @ rows_VD[part].to(dtype).T)[:, : piece_NU.shape[1]])
     return out_NU
 
 
-def hidden_gradient(grad_NU: torch.Tensor, rows_UD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``grad rows``, (N, D), in the dtype of `grad_NU`; arguments as above."""
-    if dtype == grad_NU.dtype == rows_UD.dtype:
-        return grad_NU @ rows_UD
-    total_ND = grad_NU.new_zeros(len(grad_NU), rows_UD.shape[1])
-    for part in pieces(total_ND, len(rows_UD)):
-        total_ND += grad_NU[:, part].to(dtype) @ rows_UD[part].to(dtype)
+def hidden_gradient(grad_NU: torch.Tensor, rows_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``grad rows``, (N, D), in the dtype of `grad_NU`; arguments as above, rows beyond U are finite."""
+    if dtype == grad_NU.dtype == rows_VD.dtype:
+        return grad_NU @ rows_VD
+    total_ND = grad_NU.new_zeros(len(grad_NU), rows_VD.shape[1])
+    for part in pieces(total_ND, len(rows_VD)):
+        total_ND += _filled_up(grad_NU[:, part], dtype, part.stop - part.start, 1) @ rows_VD[part].to(dtype)
     return total_ND
 
 
 def rows_gradient(grad_NU: torch.Tensor, hidden_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``gradᵀ hidden``, (U, D), in the dtype of `grad_NU`; for the classes of a piece."""
-    return (grad_NU.T.to(dtype) @ hidden_ND.to(dtype)).to(grad_NU.dtype)
+    grad_UN = grad_NU.T
+    grad_VN = _filled_up(grad_UN, dtype, _size(len(grad_UN), dtype, grad_UN.device), 0)
+    return (grad_VN @ hidden_ND.to(dtype))[: len(grad_UN)].to(grad_NU.dtype)
+
+
+def _size(num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
+    """V for U classes."""
+    many = device.type == "cpu" and dtype == torch.bfloat16
+    return -(-num_classes // _SIZES) * _SIZES if many else num_classes
+
+
+def _filled_up(x: torch.Tensor, dtype: torch.dtype, size: int, dim: int) -> torch.Tensor:
+    """A matrix in another dtype, with zeros up to `size` rows (`dim` 0) or columns (1); as it was in memory."""
+    count = x.shape[dim]
+    if size == count:
+        return x.to(dtype)
+    shape = (size, x.shape[1]) if dim == 0 else (x.shape[0], size)
+    across = x.stride(0) < x.stride(1)
+    filled = x.new_empty(shape[::-1] if across else shape, dtype=dtype)
+    filled = filled.T if across else filled
+    filled.narrow(dim, 0, count).copy_(x)
+    filled.narrow(dim, count, size - count).zero_()
+    return filled

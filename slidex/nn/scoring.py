@@ -68,7 +68,8 @@ class Scored:
         query_seconds: Time spent on choosing them.
         hidden_ND: What was scored.
         grad: Of the sum of losses times `row_scale` by the scores, (N, U) or (N, A).
-        rows_UD: The weights of `ids`, or of all classes where every row has its own.
+        rows_UD: The weights of `ids`, those of a pool as `slidex.nn.products.pool_rows` makes them; or of all classes
+            where every row has its own.
     """
 
     loss_N: torch.Tensor
@@ -182,7 +183,7 @@ class Scorer:
             sets = self._chooser.active_sets(hidden_ND, labels, step)
             query_seconds = time.perf_counter() - started
             return self._score_pairs(rows, sets, hidden_ND, labels, query_seconds, row_scale, mass)
-        offset_U, query_seconds = None, 0.0
+        offset_U, query_seconds, dtype = None, 0.0, self._product_dtype(hidden_ND)
         if self._chooser is None:
             ids_U = torch.arange(len(rows.weight), device=rows.weight.device)
             bias_U = rows.weight.new_zeros(len(ids_U)) if rows.bias is None else rows.bias.detach()
@@ -198,9 +199,9 @@ class Scorer:
             active = (ids_U >= 0).sum() if self.pads else float(len(ids_U))
             gathered_U = ids_U.clamp(min=0) if self.pads else ids_U
             rows_UD, bias_U = self._kernels.gather_rows(rows.weight, rows.bias, gathered_U)
-            rows_UD = rows_UD.to(self._product_dtype(hidden_ND))
+            rows_UD = products.pool_rows(rows_UD, dtype)
         memory = self._take_memory((len(hidden_ND), len(ids_U)), hidden_ND.dtype)
-        logits_NU = products.class_scores(hidden_ND, rows_UD, self._product_dtype(hidden_ND), memory)
+        logits_NU = products.class_scores(hidden_ND, rows_UD, dtype, len(ids_U), memory)
         weights = targets.weights if mass is None else mass.weights
         targets = targets._replace(weights=weights.to(logits_NU.dtype))
         loss_N, grad_NU = self._pool_loss(logits_NU, bias_U, offset_U, ids_U, targets, mass, row_scale)

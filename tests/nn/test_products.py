@@ -40,32 +40,62 @@ def test_pieces_cover_every_class_once(rows, width, device, classes):
     assert [c for part in parts for c in range(classes)[part]] == list(range(classes))
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.float64])
-@pytest.mark.parametrize("product", [torch.bfloat16, None])
-@pytest.mark.usefixtures("small_pieces")
-def test_products_in_pieces_are_those_of_all(arrays, given, product):
-    hidden, rows, grad = (array.to(given) for array in arrays)
-    dtype = product or given
-    wide, rounded = torch.float64, [array.to(dtype).double() for array in arrays]
-    tolerance = {"rtol": 2**-8, "atol": 1e-2} if product else {"rtol": 1e-5, "atol": 1e-4}
-    expected = rounded[0] @ rounded[1].T, rounded[2] @ rounded[1], rounded[2].T @ rounded[0]
-    found = (
-        products.class_scores(hidden, rows, dtype),
-        products.hidden_gradient(grad, rows, dtype),
+def in_pool(hidden, rows, grad, dtype):
+    """The products of a pool."""
+    made = products.pool_rows(rows, dtype)
+    return (
+        products.class_scores(hidden, made, dtype, len(rows)),
+        products.hidden_gradient(grad, made, dtype),
         products.rows_gradient(grad, hidden, dtype),
     )
-    for is_, ought in zip(found, expected, strict=True):
+
+
+def in_layer(hidden, rows, grad, dtype):
+    """Those of all classes."""
+    parts = products.pieces(hidden, len(rows))
+    return (
+        products.class_scores(hidden, rows, dtype, len(rows)),
+        products.hidden_gradient(grad, rows, dtype),
+        torch.cat([products.rows_gradient(grad[:, part], hidden, dtype) for part in parts]),
+    )
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+@pytest.mark.parametrize("product", [torch.bfloat16, None])
+@pytest.mark.parametrize("made", [in_pool, in_layer])
+@pytest.mark.parametrize("classes", [1, 255, 256, 257, 1024, U])
+@pytest.mark.usefixtures("small_pieces")
+def test_products_in_pieces_are_those_of_all(arrays, given, product, made, classes):
+    hidden, rows, grad = (array.to(given) for array in arrays)
+    dtype, rows, grad = product or given, rows[:classes], grad[:, :classes]
+    wide_hidden, wide_rows, wide_grad = (array.to(dtype).double() for array in (hidden, rows, grad))
+    expected = wide_hidden @ wide_rows.T, wide_grad @ wide_rows, wide_grad.T @ wide_hidden
+    tolerance = 2**-7 if product else 1e-5
+    for is_, ought in zip(made(hidden, rows, grad, dtype), expected, strict=True):
         assert is_.dtype == given
-        scale = float(ought.abs().max())
-        torch.testing.assert_close(is_.to(wide) / scale, ought / scale, **tolerance)
+        torch.testing.assert_close(
+            is_.double(), ought, rtol=tolerance, atol=tolerance * float(ought.abs().max())
+        )
+
+
+def test_pools_of_many_sizes_are_multiplied_in_few(arrays):
+    rows, seen = arrays[1].float(), set()
+    for classes in range(1, 1100, 7):
+        made = products.pool_rows(rows[:classes], torch.bfloat16)
+        assert made.is_contiguous()
+        assert torch.equal(made[:classes], rows[:classes].bfloat16())
+        assert not made[classes:].any()
+        seen.add(len(made))
+    assert len(seen) == 5
+    assert len(products.pool_rows(rows[:7], torch.float32)) == 7  # MKL keeps nothing
 
 
 def test_scores_go_where_they_are_asked(arrays):
     hidden, rows, _ = (array.float() for array in arrays)
     for dtype in (torch.float32, torch.bfloat16):
         out = torch.full((N, U), torch.nan)
-        assert products.class_scores(hidden, rows, dtype, out) is out
-        assert torch.equal(out, products.class_scores(hidden, rows, dtype))
+        assert products.class_scores(hidden, rows, dtype, U, out) is out
+        assert torch.equal(out, products.class_scores(hidden, rows, dtype, U))
 
 
 def labels(rows=N):
