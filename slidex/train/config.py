@@ -197,7 +197,7 @@ _ACCURATE: dict[str, Any] = {
     "ranker_tail": 1.0,
 }
 _FAST: dict[str, Any] = {
-    "pool_size": 6144,
+    "pool_size": 8192,
     "random_power": 0.75,
     "epochs": 2,
     "batch_size": 512,
