@@ -230,12 +230,16 @@ class Classifier:
         """Classes that the head must give for `k` ranked ones."""
         return k if self.ranker is None else max(k, min(self.ranker.candidates, self.head.num_classes))
 
+    def _proposing(self, k: int) -> KnownClasses | None:
+        """The classes that k are to be proposed from; None for all, as where too few are known."""
+        return None if self.known is None or k > len(self.known.ids_M) else self.known
+
     def _best(
         self, hidden_ND: torch.Tensor, k: int, *, totals: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """The k best of the classes that the network is to propose from, and the partition function if asked for."""
-        head, known = self.head, self.known
-        if known is None or k > len(known.ids_M):
+        head, known = self.head, self._proposing(k)
+        if known is None:
             if totals:
                 return exact_topk_and_total(hidden_ND, head.weight, head.bias, k)
             return *head.topk(hidden_ND, k), None
@@ -246,7 +250,7 @@ class Classifier:
         self, index: CandidateIndex, hidden_ND: torch.Tensor, k: int, estimator: PartitionEstimator | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Likewise of those that the index proposes, of which a row may have fewer, and an estimate if asked for."""
-        known = None if self.known is None or k > len(self.known.ids_M) else self.known
+        known = self._proposing(k)
         if estimator is None:
             ids_NA, log_total_N = index.query(hidden_ND, max(k, self.candidates)), None
         else:

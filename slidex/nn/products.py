@@ -25,7 +25,7 @@ _CPU_PIECE = 1 << 23
 """Scores, or numbers of gradients of rows, in a piece: 16 MiB of bfloat16. For arrays beyond 32 MiB glibc asks the
 system each time."""
 _SIZES = 256
-"""The number of classes in a product in bfloat16 on a CPU is a multiple of it."""
+"""Of a product in bfloat16 on a CPU the number of classes is a multiple of it, except the last piece of all classes."""
 
 
 def pieces(like_ND: torch.Tensor, num_classes: int) -> Iterator[slice]:
@@ -37,7 +37,7 @@ def pieces(like_ND: torch.Tensor, num_classes: int) -> Iterator[slice]:
     """
     size = CLASSES_AT_ONCE
     if like_ND.device.type == "cpu":
-        size = max(1024, _CPU_PIECE // max(1, *like_ND.shape))
+        size = max(4, _CPU_PIECE // max(1, *like_ND.shape) // _SIZES) * _SIZES
     for first in range(0, num_classes, size):
         yield slice(first, min(first + size, num_classes))
 
