@@ -126,6 +126,26 @@ def test_errors_of_rough_products_are_within_the_bound(dtype: torch.dtype) -> No
         assert (error_NC > bound_NC / 10).any()
 
 
+def test_batches_of_all_sizes_are_multiplied_in_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's batches differ, and what multiplies them keeps memory for each shape."""
+    shapes, multiply = set(), torch.mm
+
+    def noted(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        shapes.add((*a.shape, *b.shape))
+        return multiply(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
+    hidden_ND, weight_CD, bias_C = problem(0, rows=1100, classes=50, width=4)
+    rows = RoughRows.of(weight_CD, torch.bfloat16)
+    whole = cpu.best_classes(hidden_ND, weight_CD, bias_C, 3, rows)
+    for count in (*range(1, 70), *range(70, 1101, 29), 512, 513):
+        for part, all_ in zip(
+            cpu.best_classes(hidden_ND[:count], weight_CD, bias_C, 3, rows), whole, strict=True
+        ):
+            assert torch.equal(part, all_[:count])
+    assert len(shapes) <= 5 + 31  # 1, 2, 4, 8 and 16 rows, and multiples of 16 to 512
+
+
 def test_equal_ones_are_ordered_by_id() -> None:
     weight_CD = torch.ones(3000, 4)
     rough = RoughRows.of(weight_CD, torch.bfloat16)

@@ -2,7 +2,7 @@
 
 A rough product, in bfloat16 or not, comes with a bound on its error. Whoever may be among the k best within that bound,
 a few more than k, is scored again. So the result does not depend on how products were rounded. Letters: N rows, C
-classes, M classes at once, D hidden width, K classes wanted, G groups of classes.
+classes, R rows at once, M classes at once, D hidden width, K classes wanted, G groups of classes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROWS, _PRODUCTS = 512, 1 << 22
 """Rows and products at once: 16 MiB in float32."""
+_FEW = 16
 _AHEAD = 4
 
 
@@ -62,24 +63,22 @@ def best_classes(
     bias = check.floats("bias_C", bias_C, (num_classes,))
     scores_NK, ids_NK = hidden_ND.new_empty(num_rows, k), torch.empty(num_rows, k, dtype=torch.int64)
     reach_N = rough.error * torch.linalg.vector_norm(hidden_ND.detach(), dim=1).float().numpy()
-    rounded_ND, norm, best, found = (
-        hidden_ND.detach().to(rough.rows_CD.dtype),
-        rough.norm_C.numpy(),
-        scores_NK.numpy(),
-        ids_NK.numpy(),
-    )
-    at_once = min(num_rows, _ROWS)
+    norm, best, found = rough.norm_C.numpy(), scores_NK.numpy(), ids_NK.numpy()
+    rounded_RD = hidden_ND.new_zeros((_filled_up(num_rows), width), dtype=rough.rows_CD.dtype)
+    rounded_RD[:num_rows] = hidden_ND.detach()
+    at_once = min(len(rounded_RD), _ROWS)
     step = min(max(_PRODUCTS // max(at_once, 1), 1), num_classes)
-    room = rounded_ND.new_empty(
-        at_once * step
-    )  # new memory for each chunk would take as long as its products
+    # New memory for each chunk would take as long as its products.
+    room = rounded_RD.new_empty(at_once * step)
     for row in range(0, num_rows, _ROWS):
         part = slice(row, min(row + _ROWS, num_rows))
         size_N = np.zeros(part.stop - row, np.int64)
         for first in range(0, num_classes, step):
             chunk = slice(first, min(first + step, num_classes))
-            rough_NM = room[: len(size_N) * (chunk.stop - first)].view(len(size_N), -1)
-            torch.mm(rounded_ND[part], rough.rows_CD[chunk].T, out=rough_NM)
+            rounded = rounded_RD[row : row + _ROWS]
+            rough_RM = room[: len(rounded) * (chunk.stop - first)].view(len(rounded), -1)
+            torch.mm(rounded, rough.rows_CD[chunk].T, out=rough_RM)
+            rough_NM = rough_RM[: len(size_N)]
             _take(
                 (rough_NM.view(torch.int16) if rough_NM.dtype == torch.bfloat16 else rough_NM).numpy(),
                 norm[chunk],
@@ -94,6 +93,11 @@ def best_classes(
             )
         _order(size_N, best[part], found[part])
     return scores_NK, ids_NK
+
+
+def _filled_up(num_rows: int) -> int:
+    """Rows that are multiplied instead of so many: oneDNN compiles, and keeps, code for every shape of a product."""
+    return 1 << (num_rows - 1).bit_length() if 0 < num_rows <= _FEW else -(-num_rows // _FEW) * _FEW
 
 
 def _widen(product):
