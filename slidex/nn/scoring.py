@@ -363,7 +363,7 @@ class Scorer:
         """What the last step left, if it fits; it is given away, so that a loss before the next update gets its own."""
         memory, self._memory = self._memory, None
         fits = (
-            memory is not None and memory.shape == shape and memory.dtype == dtype and memory.is_contiguous()
+            memory is not None and memory.shape == shape and memory.dtype == dtype
         )
         return memory if fits else None
 
