@@ -362,9 +362,7 @@ class Scorer:
     def _take_memory(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
         """What the last step left, if it fits; it is given away, so that a loss before the next update gets its own."""
         memory, self._memory = self._memory, None
-        fits = (
-            memory is not None and memory.shape == shape and memory.dtype == dtype
-        )
+        fits = memory is not None and memory.shape == shape and memory.dtype == dtype
         return memory if fits else None
 
     def _product_dtype(self, like: torch.Tensor) -> torch.dtype:
