@@ -64,7 +64,8 @@ def best_classes(
     scores_NK, ids_NK = hidden_ND.new_empty(num_rows, k), torch.empty(num_rows, k, dtype=torch.int64)
     reach_N = rough.error * torch.linalg.vector_norm(hidden_ND.detach(), dim=1).float().numpy()
     norm, best, found = rough.norm_C.numpy(), scores_NK.numpy(), ids_NK.numpy()
-    rounded_RD = hidden_ND.new_zeros((_filled_up(num_rows), width), dtype=rough.rows_CD.dtype)
+    many = _filled_up(num_rows) if rough.rows_CD.dtype == torch.bfloat16 else num_rows
+    rounded_RD = hidden_ND.new_zeros((many, width), dtype=rough.rows_CD.dtype)
     rounded_RD[:num_rows] = hidden_ND.detach()
     at_once = min(len(rounded_RD), _ROWS)
     step = min(max(_PRODUCTS // max(at_once, 1), 1), num_classes)
@@ -96,7 +97,7 @@ def best_classes(
 
 
 def _filled_up(num_rows: int) -> int:
-    """Rows that are multiplied instead of so many: oneDNN compiles, and keeps, code for every shape of a product."""
+    """Rows that are multiplied in bfloat16 instead of so many: oneDNN compiles, and keeps, code for every shape."""
     return 1 << (num_rows - 1).bit_length() if 0 < num_rows <= _FEW else -(-num_rows // _FEW) * _FEW
 
 
