@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numba
+import numpy as np
 import pytest
 import torch
 
 from slidex.errors import ConfigError
 from slidex.kernels import cpu, reference
+from slidex.kernels.cpu.intrinsics import narrow_into, widen_into
 from tests.kernels.cases import Arguments, Problem, Shape, cast, outcome
 
 if TYPE_CHECKING:
@@ -111,3 +113,20 @@ def test_bfloat16_scores_want_the_rest_in_float32() -> None:
         cpu.shared_softmax_loss(*arguments[:3], arguments[3].bfloat16(), arguments[4])
     with pytest.raises(ConfigError, match=r"'logits_NU'.*contiguous"):
         cpu.shared_softmax_loss(arguments[0].T.contiguous().T, *arguments[1:])
+
+
+def test_rounding_is_torchs_and_nan_stays_nan() -> None:
+    """All float32 whose lower bits make rounding hard: halves, next to halves, overflow, NaN of any payload."""
+    upper = torch.arange(0, 1 << 16, 7, dtype=torch.int64)
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (upper[:, None] << 16 | lower).flatten()
+    wide = torch.where(bits < 1 << 31, bits, bits - (1 << 32)).int().view(torch.float32)
+    wide = torch.cat([wide, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)])
+    rounded, back = np.empty(len(wide), np.int16), np.empty(len(wide), np.float32)
+    narrow_into(rounded, wide.numpy())
+    widen_into(back, rounded)
+    want = wide.bfloat16()
+    torch.testing.assert_close(
+        torch.from_numpy(rounded).view(torch.bfloat16), want, rtol=0, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(torch.from_numpy(back), want.float(), rtol=0, atol=0, equal_nan=True)
