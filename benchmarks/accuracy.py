@@ -36,6 +36,7 @@ from slidex.data import CsrArrays
 from slidex.errors import SlidexError
 from slidex.kernels.cpu import linear_fit, linear_scores
 from slidex.metrics import MetricAccumulator
+from slidex.nn.class_groups import distinct_groups
 from slidex.nn.ranker import class_pairs, neighbor_search, row_tensors
 from slidex.threads import set_threads
 from slidex.train.config import PRESETS, TrainConfig
@@ -97,11 +98,14 @@ def train_slidex(name: str, data: Path, settings: dict[str, Any]) -> Line:
 def compile_kernels(name: str, data: Path, settings: dict[str, Any]) -> None:
     """Two steps, and a ranker of one class for two rows, so that no measured process has to compile."""
     dataset = load(name, data)
-    config = replace(TrainConfig.from_mapping(settings), max_steps=2, ranker_candidates=0, ranker_neighbors=0)
+    no_ranker = {"ranker_candidates": 0, "ranker_neighbors": 0, "ranker_groups": 0}
+    config = replace(TrainConfig.from_mapping(settings), max_steps=2, **no_ranker)
     two = CsrArrays(np.arange(3), np.zeros(2, dtype=np.int32), None, 1)
     pairs, x = class_pairs(two, np.zeros((2, 1), dtype=np.int32)), row_tensors(two.unit_rows())
     linear_scores(linear_fit(*pairs, *x, 1, cost=1.0), *x, torch.zeros(2, 1, dtype=torch.int64))
     neighbor_search(two, two).classes(two, 1, torch.zeros(2, dtype=torch.int64))
+    for dtype in (torch.int32, torch.int64):
+        distinct_groups(torch.zeros(1, dtype=torch.int32), torch.zeros(2, 1, dtype=dtype), 1)
     with tempfile.TemporaryDirectory(prefix="slidex-accuracy-") as folder:
         run = slidex.fit(dataset, Path(folder) / "run", config)
         for _ in run.model().topk(dataset.split("test").x.slice(0, 1), K):

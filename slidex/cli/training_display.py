@@ -75,7 +75,7 @@ class TrainingDisplay:
             if self._bar is not None:
                 self._bar.close()
             self._stage = facts["stage"]
-            unit = {"candidates": "row", "weights": "class"}[facts["stage"]]
+            unit = {"candidates": "row", "weights": "class", "groups": "group"}[facts["stage"]]
             self._bar = bar(facts["total"], unit, f"ranker: {facts['stage']}")
         self._bar.update(facts["done"] - self._bar.n)
 

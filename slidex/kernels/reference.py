@@ -147,9 +147,10 @@ def shared_softmax_loss(
     offset_U: Tensor | None,
 ) -> Tensor:
     """`softmax_loss` over a pool, targets in CSR; overwrites `logits_NU` with the gradient."""
-    target_NU = _dense_targets(logits_NU, target_indptr, target_positions, target_weights)
+    wide_NU = logits_NU.to(torch.promote_types(logits_NU.dtype, target_weights.dtype))
+    target_NU = _dense_targets(wide_NU, target_indptr, target_positions, target_weights)
     offset_NU = None if offset_U is None else offset_U.expand_as(logits_NU)
-    loss_N, grad_NU = softmax_loss(logits_NU, target_NU, offset_NU)
+    loss_N, grad_NU = softmax_loss(wide_NU, target_NU, offset_NU)
     logits_NU.copy_(grad_NU)
     return loss_N
 

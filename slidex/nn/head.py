@@ -24,9 +24,10 @@ from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, RowState, StepSettings
 from slidex.lsh import exact_topk
 from slidex.nn import placement as placements
+from slidex.nn.best_candidates import best_candidates
 from slidex.nn.candidates import label_weights
 from slidex.nn.initial_weights import allocate, draw_normal
-from slidex.nn.scoring import Rows, Scored, Scorer, best_candidates
+from slidex.nn.scoring import Rows, Scored, Scorer
 from slidex.nn.smoothing import LabelMass
 
 if TYPE_CHECKING:

@@ -48,23 +48,16 @@ def pool_rows(rows_UD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def class_scores(
-    hidden_ND: torch.Tensor,
-    rows_VD: torch.Tensor,
-    dtype: torch.dtype,
-    num_classes: int,
-    out_NU: torch.Tensor | None = None,
+    hidden_ND: torch.Tensor, rows_VD: torch.Tensor, dtype: torch.dtype, out_NU: torch.Tensor
 ) -> torch.Tensor:
-    """``hidden rowsᵀ``, (N, U), in the dtype of `hidden_ND`.
+    """``hidden rowsᵀ``, which `out_NU` takes.
 
     Args:
         hidden_ND: float32 or float64.
-        rows_VD: float; those beyond U do not count.
+        rows_VD: float; those beyond the columns of `out_NU` do not count.
         dtype: Of the product.
-        num_classes: U.
-        out_NU: Takes the result; None makes a new tensor.
+        out_NU: (N, U) of the dtype of `hidden_ND`, or (N, V) of that of the product.
     """
-    if out_NU is None:
-        out_NU = hidden_ND.new_empty(len(hidden_ND), num_classes)
     if dtype == hidden_ND.dtype == rows_VD.dtype:
         return torch.mm(hidden_ND, rows_VD.T, out=out_NU)
     narrow_ND = hidden_ND.to(dtype)
@@ -74,21 +67,28 @@ def class_scores(
     return out_NU
 
 
-def hidden_gradient(grad_NU: torch.Tensor, rows_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``grad rows``, (N, D), in the dtype of `grad_NU`; arguments as above, rows beyond U are finite."""
-    if dtype == grad_NU.dtype == rows_VD.dtype:
-        return grad_NU @ rows_VD
-    total_ND = grad_NU.new_zeros(len(grad_NU), rows_VD.shape[1])
+def hidden_gradient(grad_NV: torch.Tensor, rows_VD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``grad rows``, (N, D), float32 or wider.
+
+    Args:
+        grad_NV: float; may have fewer columns than there are rows.
+        rows_VD: float, finite.
+        dtype: Of the product.
+    """
+    if torch.bfloat16 != dtype == grad_NV.dtype == rows_VD.dtype:
+        return grad_NV @ rows_VD
+    wide = torch.promote_types(grad_NV.dtype, torch.float32)
+    total_ND = grad_NV.new_zeros(len(grad_NV), rows_VD.shape[1], dtype=wide)
     for part in pieces(total_ND, len(rows_VD)):
-        total_ND += _filled_up(grad_NU[:, part], dtype, part.stop - part.start, 1) @ rows_VD[part].to(dtype)
+        total_ND += _filled_up(grad_NV[:, part], dtype, part.stop - part.start, 1) @ rows_VD[part].to(dtype)
     return total_ND
 
 
 def rows_gradient(grad_NU: torch.Tensor, hidden_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradᵀ hidden``, (U, D), in the dtype of `grad_NU`; for the classes of a piece."""
+    """``gradᵀ hidden``, (U, D), in the dtype of `hidden_ND`; for the classes of a piece."""
     grad_UN = grad_NU.T
     grad_VN = _filled_up(grad_UN, dtype, _size(len(grad_UN), dtype, grad_UN.device), 0)
-    return (grad_VN @ hidden_ND.to(dtype))[: len(grad_UN)].to(grad_NU.dtype)
+    return (grad_VN @ hidden_ND.to(dtype))[: len(grad_UN)].to(hidden_ND.dtype)
 
 
 def _size(num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -98,12 +98,14 @@ def _size(num_classes: int, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def _filled_up(x: torch.Tensor, dtype: torch.dtype, size: int, dim: int) -> torch.Tensor:
-    """A matrix in another dtype, with zeros up to `size` rows (`dim` 0) or columns (1); as it was in memory."""
-    count = x.shape[dim]
+    """A matrix in another dtype, with zeros up to `size` rows (`dim` 0) or columns (1); as it was in memory.
+
+    But close together: products of rows that lie far apart take half as long again.
+    """
+    count, across = x.shape[dim], x.stride(0) < x.stride(1)
     if size == count:
-        return x.to(dtype)
+        return x.to(dtype).T.contiguous().T if across else x.to(dtype).contiguous()
     shape = (size, x.shape[1]) if dim == 0 else (x.shape[0], size)
-    across = x.stride(0) < x.stride(1)
     filled = x.new_empty(shape[::-1] if across else shape, dtype=dtype)
     filled = filled.T if across else filled
     filled.narrow(dim, 0, count).copy_(x)

@@ -26,6 +26,7 @@ from slidex.kernels.cpu import inverted_index, linear_scores, nearest_rows, neig
 if TYPE_CHECKING:
     from slidex.data import CsrArrays
     from slidex.kernels import InvertedIndex, LinearWeights
+    from slidex.nn.class_groups import ClassGroups
 
 NEIGHBORS, POWER = 50, 4
 """Training rows that vote for their classes, each with this power of its cosine."""
@@ -93,6 +94,7 @@ class LinearRanker:
         known_M: int64, the classes that the network is to propose from; None for all.
         search: Proposes more classes; None leaves those of the network.
         proposed: How many.
+        groups: Of the classes, whose scores are added; None for none.
     """
 
     weights: LinearWeights
@@ -103,6 +105,7 @@ class LinearRanker:
     known_M: torch.Tensor | None = None
     search: NeighborSearch | None = None
     proposed: int = 0
+    groups: ClassGroups | None = None
 
     def beside(self, x: CsrArrays, ids_NA: torch.Tensor) -> torch.Tensor:
         """The classes that neighbours propose and the row does not have yet: int64 (N, B), padded with -1.
@@ -120,14 +123,19 @@ class LinearRanker:
     ) -> torch.Tensor:
         """``max(logit, best - floor) + factor * (w_c . x / |x| + b_c) + prior_c``: float32 (N, A), -inf at pads.
 
+        With `groups`, and the score of the class's group.
+
         Args:
             x: N rows of features.
             logits_NA: float32, the head's scores.
             ids_NA: int64, their classes, padded with -1.
             best_N: float32, the highest logit of each row.
         """
-        linear_NA = linear_scores(self.weights, *row_tensors(x.unit_rows()), ids_NA)
+        x_rows = row_tensors(x.unit_rows())
+        linear_NA = linear_scores(self.weights, *x_rows, ids_NA)
         scores_NA = logits_NA.maximum(best_N[:, None] - self.floor) + self.factor * linear_NA
+        if self.groups is not None:
+            scores_NA += self.groups.scores(x_rows, ids_NA)
         if self.prior_C is not None:
             scores_NA += self.prior_C[ids_NA.clamp(min=0)]
         return scores_NA.masked_fill_(ids_NA < 0, -torch.inf)

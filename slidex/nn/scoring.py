@@ -67,7 +67,8 @@ class Scored:
             on a device.
         query_seconds: Time spent on choosing them.
         hidden_ND: What was scored.
-        grad: Of the sum of losses times `row_scale` by the scores, (N, U) or (N, A).
+        grad: Of the sum of losses times `row_scale` by the scores, (N, U) or (N, A); where products are bfloat16 it may
+            be that, and have zeros for the rows that `products.pool_rows` has added.
         rows_UD: The weights of `ids`, those of a pool as `slidex.nn.products.pool_rows` makes them; or of all classes
             where every row has its own.
     """
@@ -200,10 +201,12 @@ class Scorer:
             gathered_U = ids_U.clamp(min=0) if self.pads else ids_U
             rows_UD, bias_U = self._kernels.gather_rows(rows.weight, rows.bias, gathered_U)
             rows_UD = products.pool_rows(rows_UD, dtype)
-        memory = self._take_memory((len(hidden_ND), len(ids_U)), hidden_ND.dtype)
-        logits_NU = products.class_scores(hidden_ND, rows_UD, dtype, len(ids_U), memory)
+        narrow = dtype == torch.bfloat16 and self._keeps_narrow_scores(hidden_ND, mass)
+        shape = len(hidden_ND), len(rows_UD) if narrow else len(ids_U)
+        memory = self._take_memory(shape, hidden_ND, dtype if narrow else hidden_ND.dtype)
+        logits_NU = products.class_scores(hidden_ND, rows_UD, dtype, memory)
         weights = targets.weights if mass is None else mass.weights
-        targets = targets._replace(weights=weights.to(logits_NU.dtype))
+        targets = targets._replace(weights=weights.to(hidden_ND.dtype))
         loss_N, grad_NU = self._pool_loss(logits_NU, bias_U, offset_U, ids_U, targets, mass, row_scale)
         loss_N /= row_scale
         return Scored(loss_N, active, ids_U, query_seconds, hidden_ND, grad_NU, rows_UD)
@@ -234,9 +237,11 @@ class Scorer:
             self._kernels.pair_update(grad, hidden_ND, scored.ids, *layer, settings)
             return
         dtype = self._product_dtype(hidden_ND)
-        for part in products.pieces(hidden_ND, len(scored.ids)):
-            grad_rows_UD = products.rows_gradient(grad[:, part], hidden_ND, dtype)
-            self._kernels.rows_update(scored.ids[part], grad_rows_UD, grad[:, part].sum(0), *layer, settings)
+        for part in products.pieces(hidden_ND, grad.shape[1]):
+            ids_U, grad_NU = scored.ids[part], grad[:, part]
+            grad_UD = products.rows_gradient(grad_NU, hidden_ND, dtype)[: len(ids_U)]
+            grad_U = grad_NU.sum(0).to(hidden_ND.dtype)[: len(ids_U)]
+            self._kernels.rows_update(ids_U, grad_UD, grad_U, *layer, settings)
         if self.mode == "exact" and grad.device.type == "cpu":  # a device keeps memory by itself
             self._memory = grad
 
@@ -262,7 +267,8 @@ class Scorer:
         ids_U, order = ids.sort()
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
-        return ids_U, products.rows_gradient(grad, hidden_ND, self._product_dtype(hidden_ND)), grad.sum(0)
+        grad_UD = products.rows_gradient(grad, hidden_ND, self._product_dtype(hidden_ND))
+        return ids_U, grad_UD, grad.sum(0).to(hidden_ND.dtype)
 
     def _pool_loss(
         self,
@@ -306,6 +312,9 @@ class Scorer:
             )
         added_U = bias_U if offset_U is None else bias_U + offset_U
         if self.shard is None:
+            added_U = torch.nn.functional.pad(
+                added_U, (0, logits_NU.shape[1] - len(added_U)), value=-torch.inf
+            )
             loss_N = self._kernels.shared_softmax_loss(
                 logits_NU, indptr, positions, weights * row_scale, added_U
             )
@@ -359,39 +368,17 @@ class Scorer:
     def _over_processes(self, loss_N: torch.Tensor) -> torch.Tensor:
         return loss_N if self.shard is None else self.shard.reduce(loss_N)
 
-    def _take_memory(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor | None:
+    def _take_memory(self, shape: tuple[int, int], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What the last step left, if it fits; it is given away, so that a loss before the next update gets its own."""
         memory, self._memory = self._memory, None
-        fits = memory is not None and memory.shape == shape and memory.dtype == dtype
-        return memory if fits else None
+        if memory is not None and memory.shape == shape and memory.dtype == dtype:
+            return memory
+        return like.new_empty(shape, dtype=dtype)
+
+    def _keeps_narrow_scores(self, hidden_ND: torch.Tensor, mass: LabelMass | None) -> bool:
+        """Whether scores stay as products in bfloat16 are: half of what a step would else read and write."""
+        plain = self.loss == "softmax" and self.shard is None and (mass is None or mass.smoothing == 0)
+        return plain and self._kernels is cpu and hidden_ND.dtype == torch.float32
 
     def _product_dtype(self, like: torch.Tensor) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bfloat16" else like.dtype
-
-
-def best_candidates(
-    rows: Rows,
-    hidden_ND: torch.Tensor,
-    candidates_NA: torch.Tensor,
-    k: int,
-    kernels: ModuleType = cpu,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of each row's candidates, exactly scored, best first.
-
-    Args:
-        rows: The layer.
-        hidden_ND: float (N, D).
-        candidates_NA: int64 (N, A), -1 for none.
-        k: Classes per row.
-        kernels: Those for the device of the layer.
-
-    Returns:
-        Scores float (N, k) and ids int64 (N, k), padded with -inf and -1 where a row has fewer candidates.
-    """
-    logits_NA = kernels.pair_logits(hidden_ND, rows.weight, rows.bias, candidates_NA)
-    scores, slots = logits_NA.topk(min(k, logits_NA.shape[1]))
-    missing = k - slots.shape[1]
-    return (
-        torch.nn.functional.pad(scores, (0, missing), value=-torch.inf),
-        torch.nn.functional.pad(candidates_NA.gather(1, slots), (0, missing), value=-1),
-    )

@@ -15,12 +15,13 @@ from torch import nn
 from slidex.errors import ConfigError
 from slidex.lsh import exact_topk
 from slidex.nn import placement as placements
+from slidex.nn.best_candidates import best_candidates
 from slidex.nn.functional import check_arguments, check_class_weights, lsh_softmax
 from slidex.nn.memory import layer_advice, require_memory
 from slidex.nn.options import SamplingOptions
 from slidex.nn.placement import compute_dtype
 from slidex.nn.sampling import Sampling
-from slidex.nn.scoring import Rows, best_candidates
+from slidex.nn.scoring import Rows
 from slidex.nn.selection import PREDICT_CANDIDATES
 from slidex.nn.sharding import Shard
 

@@ -75,6 +75,13 @@ class TrainConfig(SamplingSettings):
         "next to nothing of the others, and prediction need not score them.",
         low=0,
     )
+    ranker_groups: int = setting(
+        0,
+        "Groups of classes alike, each with a linear classifier that helps to rank the classes in it: for sets where "
+        "most classes have a row or two; 0 for none.",
+        low=0,
+        high=1 << 20,
+    )
     ranker_weight: float = setting(
         8.0, "Factor of the ranker's linear score, which is added to the network's.", low=0.0, high=1e6
     )
@@ -157,10 +164,11 @@ class TrainConfig(SamplingSettings):
                 "The 'weight_dtype' setting must be float32 where 'device' is cpu. "
                 f"Got {self.weight_dtype!r} instead."
             )
-        if self.ranker_neighbors and not self.ranker_candidates:
-            raise ConfigError(
-                "The 'ranker_candidates' setting must be above 0 where 'ranker_neighbors' is. Got 0 instead."
-            )
+        for name in ("ranker_neighbors", "ranker_groups"):
+            if getattr(self, name) and not self.ranker_candidates:
+                raise ConfigError(
+                    f"The 'ranker_candidates' setting must be above 0 where {name!r} is. Got 0 instead."
+                )
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, preset: str | None = None) -> TrainConfig:
@@ -211,9 +219,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_FAST,
         "epochs": 3,
         "ranker_neighbors": 200,
+        "ranker_groups": 512,
         "ranker_weight": 16.0,
         "ranker_tail": 0.0,
-        "ranker_tolerance": 0.1,
+        "ranker_cost": 1.5,
+        "ranker_tolerance": 0.03,
     },
     "accurate": _ACCURATE,
     "tail": {**_ACCURATE, "ranker_tail": 4.0},

@@ -1,7 +1,8 @@
 """The linear ranker of a run, kept in the run directory.
 
 ranker/ranker.json               step of the weights, number of features, what it was fitted on; its own checksum
-ranker/state_HASH.safetensors    its weights, and the index of training rows where it has one. HASH begins its checksum
+ranker/state_HASH.safetensors    its weights, and the index of training rows and the groups of classes where it has
+                                 them. HASH begins its checksum
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from slidex.errors import CheckpointError, ConfigError
 from slidex.kernels import InvertedIndex, LinearWeights, RowLabels
 from slidex.metrics import propensities
+from slidex.nn.class_groups import ClassGroups
 from slidex.nn.ranker import LinearRanker, NeighborSearch, known_classes
 from slidex.train.records import load_tensors, read_record, write_record
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
     from slidex.train.config import TrainConfig
 
 FOLDER, FILE, KIND = "ranker", "ranker.json", ("slidex-ranker", 2)
-NEIGHBORS = "neighbors."
+NEIGHBORS, GROUPS = "neighbors.", "groups."
 """Before the names of their tensors."""
+_WEIGHTS = ("indptr", "features", "values", "bias")
 _FIELDS = {"step": int, "rows": int, "pairs": int, "num_features": int}
 
 
@@ -39,6 +42,7 @@ class KeptRanker:
         pairs: Of class and row.
         weights: Of its classes.
         search: That proposes classes beside the network; None where none does.
+        groups: Of classes; None where there are none.
     """
 
     step: int
@@ -46,12 +50,15 @@ class KeptRanker:
     pairs: int
     weights: LinearWeights
     search: NeighborSearch | None
+    groups: ClassGroups | None
 
     def describe(self) -> str:
         """One line for people."""
         size = f"{len(self.weights.values):,} weights ({self.weights.nbytes / 1e6:.1f} MB)"
         if self.search is not None:
             size += f", index of training rows ({self.search.nbytes / 1e6:.1f} MB)"
+        if self.groups is not None:
+            size += f", {self.groups.num_groups:,} groups of classes ({self.groups.nbytes / 1e6:.1f} MB)"
         return f"{size}, fitted on {self.pairs:,} pairs of class and row; step {self.step}"
 
     def ranker(self, config: TrainConfig, class_counts: np.ndarray, train_rows: int) -> LinearRanker:
@@ -70,6 +77,7 @@ class KeptRanker:
             known_M,
             self.search,
             config.ranker_neighbors,
+            self.groups,
         )
 
 
@@ -81,12 +89,16 @@ def save_ranker(run: Path, kept: KeptRanker) -> None:
     """
     weights = kept.weights
     body = {"step": kept.step, "rows": kept.rows, "pairs": kept.pairs, "num_features": weights.num_features}
-    tensors = {name: getattr(weights, name) for name in ("indptr", "features", "values", "bias")}
+    tensors = {name: getattr(weights, name) for name in _WEIGHTS}
     if kept.search is not None:
         index, labels = kept.search.index, kept.search.labels
         lists = {"indptr": index.indptr, "rows": index.rows, "values": index.values}
         lists |= {"label_indptr": labels.indptr, "labels": labels.classes}
         tensors |= {NEIGHBORS + name: tensor for name, tensor in lists.items()}
+    if kept.groups is not None:
+        lists = {name: getattr(kept.groups.weights, name) for name in _WEIGHTS}
+        lists["group_C"] = kept.groups.group_C
+        tensors |= {GROUPS + name: tensor for name, tensor in lists.items()}
     write_record(run / FOLDER / FILE, KIND, body, tensors)
 
 
@@ -101,16 +113,22 @@ def load_ranker(run: Path) -> KeptRanker | None:
     if body is None:
         return None
     tensors = load_tensors(file, body["files"])
-    lists = {name.removeprefix(NEIGHBORS): tensors.pop(name) for name in list(tensors) if NEIGHBORS in name}
+    lists, grouped = (
+        {name.removeprefix(start): tensors.pop(name) for name in list(tensors) if name.startswith(start)}
+        for start in (NEIGHBORS, GROUPS)
+    )
+    num_features = body["num_features"]
     try:
-        weights, search = LinearWeights(**tensors, num_features=body["num_features"]), None
+        weights, search, groups = LinearWeights(**tensors, num_features=num_features), None, None
         if lists:
             labels = RowLabels(lists.pop("label_indptr"), lists.pop("labels"), len(weights.bias))
             search = NeighborSearch(InvertedIndex(**lists, num_rows=body["rows"]), labels)
-            if search.index.num_features != weights.num_features:
-                raise ConfigError(
-                    f"an index of {search.index.num_features} features for {weights.num_features}"
-                )
+            if search.index.num_features != num_features:
+                raise ConfigError(f"an index of {search.index.num_features} features for {num_features}")
+        if grouped:
+            groups = ClassGroups(grouped.pop("group_C"), LinearWeights(**grouped, num_features=num_features))
+            if len(groups.group_C) != len(weights.bias):
+                raise ConfigError(f"groups of {len(groups.group_C)} classes for {len(weights.bias)}")
     except (ConfigError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: its weights are damaged: {error}") from error
-    return KeptRanker(body["step"], body["rows"], body["pairs"], weights, search)
+    return KeptRanker(body["step"], body["rows"], body["pairs"], weights, search, groups)

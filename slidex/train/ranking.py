@@ -10,6 +10,7 @@ import torch
 from slidex.errors import InterruptedRunError
 from slidex.kernels.cpu import linear_fit
 from slidex.lsh import make_index
+from slidex.nn.class_groups import ClassGroups, distinct_groups, group_classes, group_labels
 from slidex.nn.classifier import PREDICT_ROWS
 from slidex.nn.known_classes import KnownClasses
 from slidex.nn.ranker import class_pairs, known_classes, neighbor_search, row_tensors, without
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from slidex.data import CsrArrays, Dataset
+    from slidex.kernels import LinearWeights
     from slidex.nn.classifier import Classifier
-    from slidex.nn.ranker import NeighborSearch
+    from slidex.nn.ranker import ClassPairs, NeighborSearch
     from slidex.train.config import TrainConfig
     from slidex.train.run import Run
 
@@ -41,6 +43,8 @@ RARE = 30
 its weights."""
 CENTROID, ORIGIN = 2.0, -1.0
 """Of `linear_fit`: where weights and bias are drawn to."""
+MOST_GROUPS = 64
+"""Of classes, that a row can be a pair with in fitting those; its first candidates' count."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -49,7 +53,8 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
     Args:
         run: With the checkpoint that prediction will use.
         dataset: The one it was trained on.
-        notify: Told of ``ranker``: ``stage`` ("candidates", in rows, then "weights", in classes), ``done``, ``total``.
+        notify: Told of ``ranker``: ``stage`` ("candidates", in rows, then "weights", in classes, and "groups"),
+            ``done``, ``total``.
 
     Raises:
         CheckpointError: It cannot be written.
@@ -73,24 +78,36 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                     f"Continue with: slidex train DATA --out {run.path} --resume"
                 )
 
+        def fitted(stage: str, labels: CsrArrays, pairs: ClassPairs) -> LinearWeights:
+            return linear_fit(
+                *pairs,
+                *row_tensors(x.unit_rows()),
+                dataset.num_features,
+                cost=config.ranker_cost * cost_factors(labels),
+                centroid=CENTROID,
+                origin=ORIGIN,
+                tolerance=config.ranker_tolerance,
+                threshold=config.ranker_threshold,
+                progress=lambda done, total: tell(stage, done, total),
+            )
+
         search = neighbor_search(x, y) if config.ranker_neighbors else None
         propose = _proposer(model, dataset, config, run.class_counts())
         found_NA = _candidates(
             model, x, config, search, propose, lambda done: tell("candidates", done, x.num_rows)
         )
-        pairs = class_pairs(y, found_NA)
-        weights = linear_fit(
-            *pairs,
-            *row_tensors(x.unit_rows()),
-            dataset.num_features,
-            cost=config.ranker_cost * cost_factors(y),
-            centroid=CENTROID,
-            origin=ORIGIN,
-            tolerance=config.ranker_tolerance,
-            threshold=config.ranker_threshold,
-            progress=lambda done, total: tell("weights", done, total),
-        )
-    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, search))
+        pairs, groups = class_pairs(y, found_NA), None
+        weights = fitted("weights", y, pairs)
+        num_groups = min(config.ranker_groups, np.count_nonzero(run.class_counts()))
+        if num_groups:
+            group_C = group_classes(_hidden(model, x), y, num_groups, config.seed)
+            labels = group_labels(group_C, y, num_groups)
+            found_NB, _ = distinct_groups(
+                group_C, torch.from_numpy(found_NA), min(MOST_GROUPS, found_NA.shape[1])
+            )
+            grouped = class_pairs(labels, found_NB.numpy())
+            groups = ClassGroups(group_C, fitted("groups", labels, grouped))
+    save_ranker(run.path, KeptRanker(checkpoint.step, len(rows), len(pairs.rows), weights, search, groups))
 
 
 def cost_factors(labels: CsrArrays) -> torch.Tensor:
@@ -132,6 +149,13 @@ def _candidates(
         found_NA[part] = ids_NA.numpy()
         tell(part.stop)
     return found_NA
+
+
+def _hidden(model: Classifier, x: CsrArrays) -> torch.Tensor:
+    """Hidden vectors of all rows."""
+    with torch.no_grad():
+        starts = range(0, x.num_rows, PREDICT_ROWS)
+        return torch.cat([model.encoder(x.slice(n, min(n + PREDICT_ROWS, x.num_rows))) for n in starts])
 
 
 def _proposer(

@@ -111,6 +111,38 @@ def test_correction_changes_the_loss(mode, correction):
         assert (loss > plain).all()  # the drawn classes stand for those not drawn
 
 
+@pytest.mark.parametrize(("loss", "dtype"), [("softmax", torch.bfloat16), ("logistic", torch.float32)])
+@pytest.mark.parametrize("mode", ["exact", "shared"])
+def test_gradients_of_bfloat16_products_are_torchs(mode, loss, dtype):
+    """A pool of 40 classes is multiplied as one of 256: nothing of the other 216 may show."""
+    head = make_head(mode, loss)
+    head.scorer.precision = "bfloat16"
+    weight, bias, hidden_ND = (
+        t.detach().bfloat16().float().requires_grad_() for t in (head.weight, head.bias, hidden())
+    )
+    head.weight.copy_(weight.detach())
+    head.bias.copy_(bias.detach())
+    expected = torch_loss(weight, bias, hidden_ND, loss)
+    expected.mean().backward()
+    scored = head.score(hidden_ND.detach(), LABELS, step=1)
+    assert scored.grad.dtype == dtype
+    assert not scored.grad[:, C:].any()
+    ids_C, grad_CD, grad_C = head.scorer.rows_grad(scored)
+    torch.testing.assert_close(scored.loss_N, expected.detach(), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(ids_C, torch.arange(C))
+    settings = StepSettings(learning_rate=0.05, step=1)
+    for got, want in (
+        (head.scorer.hidden_grad(scored), hidden_ND.grad),
+        (grad_CD, weight.grad),
+        (grad_C, bias.grad),
+        (head.update(scored, settings), hidden_ND.grad),
+        (head.weight_state.moment1 / (1 - settings.beta1), weight.grad),
+        (head.bias_state.moment1 / (1 - settings.beta1), bias.grad),
+    ):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.01 * float(want.abs().max()))
+
+
 def test_bfloat16_products_stay_close_to_float32():
     full, half = make_head("exact"), make_head("exact")
     half.scorer.precision = "bfloat16"

@@ -44,7 +44,7 @@ def in_pool(hidden, rows, grad, dtype):
     """The products of a pool."""
     made = products.pool_rows(rows, dtype)
     return (
-        products.class_scores(hidden, made, dtype, len(rows)),
+        products.class_scores(hidden, made, dtype, hidden.new_empty(len(hidden), len(rows))),
         products.hidden_gradient(grad, made, dtype),
         products.rows_gradient(grad, hidden, dtype),
     )
@@ -54,7 +54,7 @@ def in_layer(hidden, rows, grad, dtype):
     """Those of all classes."""
     parts = products.pieces(hidden, len(rows))
     return (
-        products.class_scores(hidden, rows, dtype, len(rows)),
+        products.class_scores(hidden, rows, dtype, hidden.new_empty(len(hidden), len(rows))),
         products.hidden_gradient(grad, rows, dtype),
         torch.cat([products.rows_gradient(grad[:, part], hidden, dtype) for part in parts]),
     )
@@ -90,12 +90,29 @@ def test_pools_of_many_sizes_are_multiplied_in_few(arrays):
     assert len(products.pool_rows(rows[:7], torch.float32)) == 7  # MKL keeps nothing
 
 
-def test_scores_go_where_they_are_asked(arrays):
-    hidden, rows, _ = (array.float() for array in arrays)
-    for dtype in (torch.float32, torch.bfloat16):
-        out = torch.full((N, U), torch.nan)
-        assert products.class_scores(hidden, rows, dtype, U, out) is out
-        assert torch.equal(out, products.class_scores(hidden, rows, dtype, U))
+@pytest.mark.parametrize("classes", [1, 255, 1024, U])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.usefixtures("small_pieces")
+def test_products_of_scores_in_bfloat16_are_those_of_the_same_numbers_in_float32(arrays, classes, pool):
+    hidden, rows, grad = (array.float() for array in arrays)
+    rows, dtype = rows[:classes], torch.bfloat16
+    rows = products.pool_rows(rows, dtype) if pool else rows
+    narrow = torch.full((N, len(rows)), torch.nan, dtype=dtype)
+    assert products.class_scores(hidden, rows, dtype, narrow) is narrow
+    wide = products.class_scores(hidden, rows, dtype, torch.full((N, classes), torch.nan))
+    assert torch.equal(narrow[:, :classes].float(), wide)
+    assert not narrow[:, classes:].any()
+    narrow[:, :classes] = grad[:, :classes]
+    wide = narrow[:, :classes].float()
+    for made, expected in (
+        (products.hidden_gradient(narrow, rows, dtype), products.hidden_gradient(wide, rows, dtype)),
+        (
+            products.rows_gradient(narrow, hidden, dtype)[:classes],
+            products.rows_gradient(wide, hidden, dtype),
+        ),
+    ):
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made, expected, rtol=2**-7, atol=2**-7)
 
 
 def labels(rows=N):

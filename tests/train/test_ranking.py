@@ -21,6 +21,7 @@ from slidex.kernels import RowLabels
 from slidex.kernels.cpu import linear_fit
 from slidex.metrics import propensities
 from slidex.nn import ranker
+from slidex.nn.class_groups import distinct_groups, group_labels
 from slidex.nn.ranker import NeighborSearch, class_pairs, neighbor_search, row_tensors, without
 from slidex.train import kept_ranker, ranking
 from slidex.train.config import TrainConfig
@@ -122,6 +123,7 @@ def test_every_setting_changes_the_ranking(run, data, tmp_path):
             {"ranker_floor": 0.1},
             {"ranker_candidates": 3},
             {"ranker_neighbors": 3},
+            {"ranker_groups": 3},
         )
     ):
         other = slidex.fit(data, tmp_path / str(n), config(**change))
@@ -172,6 +174,42 @@ def test_fitted_rows_are_those_of_network_and_neighbours(data, tmp_path):
     assert run.model().ranker.proposed == 5
     size = f"index of training rows ({kept.search.nbytes / 1e6:.1f} MB)"
     assert size in run_facts(run.path, verify=False)["ranker"]
+
+
+def test_groups_are_fitted_on_rows_of_their_classes_and_rows_that_have_them_as_candidates(data, tmp_path):
+    run = slidex.fit(data, tmp_path / "run", config(ranker_candidates=4, ranker_neighbors=5, ranker_groups=7))
+    split, kept = data.split("train"), load_ranker(run.path)
+    x, group_C = split.x.take(np.arange(1500)), kept.groups.group_C
+    assert len(group_C.unique()) == 7
+    ids_NA = torch.cat([ids for _, ids in run.network().topk(x, 4)])
+    found_NB = neighbor_search(x, split.y).classes(x, 100 + 5, torch.arange(1500))
+    both_NA = torch.cat([ids_NA, without(found_NB, ids_NA)], 1)
+    labels = group_labels(group_C, split.y, 7)
+    pairs = class_pairs(labels, distinct_groups(group_C, both_NA, 64)[0].numpy())
+    cost = ranking.cost_factors(labels)
+    want = linear_fit(
+        *pairs,
+        *row_tensors(x.unit_rows()),
+        302,
+        cost=cost,
+        centroid=2.0,
+        origin=-1.0,
+        tolerance=0.5,
+        threshold=0.1,
+    )
+    for name in ("indptr", "features", "values", "bias"):
+        assert torch.equal(getattr(kept.groups.weights, name), getattr(want, name))
+    used = run.model().ranker.groups
+    assert torch.equal(used.group_C, group_C)
+    assert torch.equal(used.weights.values, want.values)
+    size = f"7 groups of classes ({kept.groups.nbytes / 1e6:.1f} MB)"
+    assert size in run_facts(run.path, verify=False)["ranker"]
+
+
+def test_there_are_no_more_groups_than_classes(data, tmp_path):
+    run = slidex.fit(data, tmp_path / "run", config(ranker_groups=1000))
+    assert load_ranker(run.path).groups.num_groups == 200
+    assert slidex.evaluate(run, data)["P@1"] > 0.4
 
 
 def test_the_network_proposes_from_the_same_classes_in_fitting_as_in_prediction(data, tmp_path, monkeypatch):
@@ -269,7 +307,7 @@ def test_a_signal_keeps_the_network_and_resuming_fits_the_ranker(data, tmp_path)
 def test_damage_is_refused(data, tmp_path):
     import shutil
 
-    run = slidex.fit(data, tmp_path / "run", config(ranker_neighbors=5))
+    run = slidex.fit(data, tmp_path / "run", config(ranker_neighbors=5, ranker_groups=4))
 
     def damaged(change):
         copy = tmp_path / change.__name__
@@ -301,7 +339,19 @@ def test_damage_is_refused(data, tmp_path):
         search = replace(kept.search, labels=labels)
         kept_ranker.save_ranker(file.parents[1], replace(kept, search=search))
 
+    def other_classes(file, _state):
+        kept = load_ranker(file.parents[1])
+        groups = replace(kept.groups, group_C=kept.groups.group_C[:-1].clone())
+        kept_ranker.save_ranker(file.parents[1], replace(kept, groups=groups))
+
+    def other_groups(file, _state):
+        kept = load_ranker(file.parents[1])
+        kept.groups.group_C[0] = 4
+        kept_ranker.save_ranker(file.parents[1], kept)
+
     for change, message in (
+        (other_classes, "groups of 199 classes for 200"),
+        (other_groups, r"damaged: .* groups in \[0, 4\)"),
         (other_features, "an index of 301 features for 302"),
         (other_labels, r"damaged: .* ids in \[0, 200\)"),
         (cut, "bytes; it should have"),
@@ -341,6 +391,7 @@ def test_a_failed_write_leaves_the_old_one(run, tmp_path, monkeypatch, call, err
     [
         {"ranker_candidates": -1},
         {"ranker_neighbors": -1},
+        {"ranker_groups": -1},
         {"ranker_cost": 0.0},
         {"ranker_threshold": -0.1},
         {"ranker_tolerance": 0.0},
@@ -352,16 +403,15 @@ def test_settings_out_of_range_are_refused(change):
         config(**change)
 
 
-def test_neighbours_without_a_ranker_are_refused():
-    with pytest.raises(
-        ConfigError, match="'ranker_candidates' setting must be above 0 where 'ranker_neighbors' is"
-    ):
-        config(ranker_candidates=0, ranker_neighbors=5)
+@pytest.mark.parametrize("name", ["ranker_neighbors", "ranker_groups"])
+def test_parts_of_a_ranker_without_one_are_refused(name):
+    with pytest.raises(ConfigError, match=f"'ranker_candidates' setting must be above 0 where '{name}' is"):
+        config(ranker_candidates=0, **{name: 5})
 
 
-def test_inspect_and_the_display_tell_of_it(run, data, tmp_path, capsys):
+def test_inspect_and_the_display_tell_of_it(run, data, tmp_path):
     with TrainingDisplay() as display:
-        fresh = slidex.fit(data, tmp_path / "run", config(), notify=display)
+        fresh = slidex.fit(data, tmp_path / "run", config(ranker_groups=9), notify=display)
     facts = run_facts(fresh.path, verify=False)
     kept = load_ranker(run.path)
     assert facts["ranker"].startswith(f"{len(kept.weights.values):,} weights (")
@@ -371,11 +421,17 @@ def test_inspect_and_the_display_tell_of_it(run, data, tmp_path, capsys):
 def test_events_count_up_to_all_rows_and_classes(data, tmp_path):
     told = []
     slidex.fit(
-        data, tmp_path / "run", config(), notify=lambda event, facts: told.append((event, dict(facts)))
+        data,
+        tmp_path / "run",
+        config(ranker_groups=9),
+        notify=lambda event, facts: told.append((event, dict(facts))),
     )
     stages = [facts for event, facts in told if event == "ranker"]
-    for stage, total in (("candidates", 1500), ("weights", 200)):
+    totals = {"candidates": 1500, "weights": 200, "groups": 9}
+    assert list(dict.fromkeys(facts["stage"] for facts in stages)) == list(totals)
+    for stage, total in totals.items():
         done = [facts["done"] for facts in stages if facts["stage"] == stage]
         assert done == sorted(done)
-        assert done[-1] == total == stages[-1 if stage == "weights" else 0]["total"]
+        assert done[-1] == total
+        assert {facts["total"] for facts in stages if facts["stage"] == stage} == {total}
     assert told[-1][0] == "ranker"

@@ -54,6 +54,13 @@ class Arguments(Checks[np.ndarray]):
             return torch.full(shape, default, dtype=self.dtype).numpy()
         return self.floats(name, tensor, shape)
 
+    def scores(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+        """Like `in_place`; where the call is in float32 also bfloat16, as int16 for `intrinsics.widen`."""
+        if tensor.dtype == torch.bfloat16 and self.dtype == torch.float32:
+            self._check_in_place(name, tensor)
+            return self.tensor(name, tensor.detach().view(torch.int16), shape)
+        return self.in_place(name, tensor, shape)
+
     def flags(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
         """View of a bool tensor."""
         if tensor.dtype != torch.bool:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numba import njit, prange, types
-from numba.extending import overload
+from numba import njit, prange
 
 from slidex.kernels.cpu.arguments import Arguments
 from slidex.kernels.cpu.heap import GROUPS, best_first, less, offer, reached
-from slidex.kernels.cpu.intrinsics import FUSE, lane_dot, prefetch_row
+from slidex.kernels.cpu.intrinsics import FUSE, lane_dot, prefetch_row, widen
 
 if TYPE_CHECKING:
     from slidex.kernels.rough_rows import RoughRows
@@ -101,18 +100,6 @@ def _filled_up(num_rows: int) -> int:
     return 1 << (num_rows - 1).bit_length() if 0 < num_rows <= _FEW else -(-num_rows // _FEW) * _FEW
 
 
-def _widen(product):
-    """A float32 as it is, an int16 as the upper half of one: bfloat16 is that."""
-    return product
-
-
-@overload(_widen)
-def _widen_impl(product):
-    if product == types.int16:
-        return lambda product: np.int32(np.int32(product) << np.int32(16)).view(np.float32)
-    return lambda product: product
-
-
 @njit(cache=True, nogil=True, parallel=True)
 def _take(rough_NM, norm_M, reach_N, first, hidden_ND, weight_MD, bias_M, size_N, scores_NK, ids_NK):
     for n in prange(len(rough_NM)):
@@ -135,7 +122,7 @@ def _take_row(rough_M, norm_M, reach, first, hidden_D, weight_MD, bias_M, size, 
         if high_G[g] < least:
             continue
         for m in range(g, len(rough_M), groups):
-            if not _widen(rough_M[m]) + bias_M[m] + reach * norm_M[m] < least:
+            if not widen(rough_M[m]) + bias_M[m] + reach * norm_M[m] < least:
                 near_M[count] = m
                 count += 1
     for t in range(count):
@@ -161,7 +148,7 @@ def _best_of_groups(rough_M, norm_M, bias_M, reach, groups):
 @njit(nogil=True, fastmath=FUSE)
 def _raise(best_G, rough_G, norm_G, bias_G, reach):
     for g in range(len(rough_G)):
-        score = _widen(rough_G[g]) + bias_G[g] + reach * norm_G[g]
+        score = widen(rough_G[g]) + bias_G[g] + reach * norm_G[g]
         best_G[g] = score if score > best_G[g] else best_G[g]
 
 

@@ -200,6 +200,35 @@ def _log1p_unit(x):
     return lambda x: math.log1p(x)  # noqa: PLW0108
 
 
+def widen(x):
+    """A float as it is, an int16 as the upper half of a float32: bfloat16 is that. The body is for plain Python."""
+    return x
+
+
+@overload(widen)
+def _widen(x):
+    if x == types.int16:
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    return lambda x: x
+
+
+@njit(nogil=True)
+def widen_into(wide, x):
+    """``wide[i] = widen(x[i])`` for all i."""
+    for i in range(x.size):
+        wide[i] = widen(x[i])
+
+
+@njit(nogil=True)
+def narrow_into(x, wide):
+    """Inverse of `widen_into` for int16, rounded to nearest, halves to even; NaN stays NaN."""
+    for i in range(x.size):
+        bits = np.float32(wide[i]).view(np.uint32)
+        even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+        rounded = np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+        x[i] = np.int16(rounded if wide[i] == wide[i] else np.uint32(0x7FC0))
+
+
 def _to_ordered(x):
     """Integer whose order is that of the floats: of a NumPy scalar here, of any float in njit code."""
     bits = x.view(f"i{x.itemsize}")

@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from slidex.kernels.cpu.arguments import Arguments
-from slidex.kernels.cpu.intrinsics import FUSE, exp_nonpositive, lane_sum, log1p_unit, maximum
+from slidex.kernels.cpu.arguments import Arguments, num_chunks
+from slidex.kernels.cpu.intrinsics import (
+    FUSE,
+    exp_nonpositive,
+    lane_sum,
+    log1p_unit,
+    maximum,
+    narrow_into,
+    widen_into,
+)
 
 
 def softmax_loss(
@@ -94,11 +102,12 @@ def shared_softmax_loss(
     `slidex.kernels.reference.shared_softmax_loss`.
 
     Args:
-        logits_NU: float32 or float64, contiguous; on return the derivative of each row's loss by its logits.
+        logits_NU: float32, float64 or bfloat16, contiguous; on return the derivative of each row's loss by its logits.
+            All else is float32 for bfloat16, and of the dtype of `logits_NU` for the others.
         target_indptr: int64 (N + 1,), CSR offsets of the rows' targets.
         target_positions: int32 or int64, positions in the pool, in [0, U), distinct within a row.
-        target_weights: Target weights, dtype of `logits_NU`.
-        offset_U: Log importance weights added to the scores, dtype of `logits_NU`, or None.
+        target_weights: Target weights.
+        offset_U: Log importance weights added to the scores, or None; -inf marks a pad.
 
     Returns:
         loss (N,).
@@ -106,12 +115,15 @@ def shared_softmax_loss(
     Raises:
         ConfigError: A shape, dtype, offset or position does not fit.
     """
-    check = Arguments("shared_softmax_loss", logits_NU.dtype)
+    dtype = torch.float32 if logits_NU.dtype == torch.bfloat16 else logits_NU.dtype
+    check = Arguments("shared_softmax_loss", dtype)
     scores, targets = _shared(check, logits_NU, target_indptr, target_positions, target_weights)
-    loss_N = torch.empty(scores.shape[0], dtype=logits_NU.dtype)
-    _softmax_shared(
-        scores, *targets, check.floats_or(0, "offset_U", offset_U, scores.shape[1:]), loss_N.numpy()
-    )
+    offset = check.floats_or(0, "offset_U", offset_U, scores.shape[1:])
+    loss_N = torch.empty(scores.shape[0], dtype=dtype)
+    if logits_NU.dtype == dtype:
+        _softmax_shared(scores, *targets, offset, loss_N.numpy())
+    else:
+        _softmax_shared_narrow(scores, *targets, offset, loss_N.numpy(), num_chunks())
     return loss_N
 
 
@@ -157,7 +169,7 @@ def _shared(
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     num_rows, pool_size = logits_NU.shape
     nnz = positions.shape[0]
-    return check.in_place("logits_NU", logits_NU, (num_rows, pool_size)), (
+    return check.scores("logits_NU", logits_NU, (num_rows, pool_size)), (
         check.offsets("target_indptr", indptr, num_rows, nnz),
         check.ids("target_positions", positions, (nnz,), 0, pool_size),
         check.floats("target_weights", weights, (nnz,)),
@@ -204,6 +216,18 @@ def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, loss_N):
     for n in prange(loss_N.size):
         targets = slice(indptr[n], indptr[n + 1])
         loss_N[n] = _softmax_shared_row(scores_NU[n], positions[targets], weights[targets], offset_U)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _softmax_shared_narrow(scores_NU, indptr, positions, weights, offset_U, loss_N, chunks):
+    """Scores in bfloat16, widened a row at a time."""
+    for chunk in prange(chunks):
+        wide_U = np.empty_like(offset_U)
+        for n in range(chunk * loss_N.size // chunks, (chunk + 1) * loss_N.size // chunks):
+            targets = slice(indptr[n], indptr[n + 1])
+            widen_into(wide_U, scores_NU[n])
+            loss_N[n] = _softmax_shared_row(wide_U, positions[targets], weights[targets], offset_U)
+            narrow_into(scores_NU[n], wide_U)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FUSE)
