@@ -102,6 +102,19 @@ def test_classes_of_rows_alike_are_one_group() -> None:
     assert torch.equal(group_classes(hidden_ND, labels, 3, seed=0), group_C)
 
 
+def test_neither_long_vectors_nor_many_rows_make_a_class_another() -> None:
+    """Two directions, classes of 1 or 40 rows of any length; the last class has one long row of the other direction."""
+    classes = [[c] for c in range(20) for _ in range(40 if c % 3 == 0 else 1)] + [[20]] * 3
+    kind_N = np.array([c[0] % 2 for c in classes[:-3]] + [0, 0, 1])
+    length_N = np.where(np.arange(len(classes)) % 7 == 0, 50.0, 0.1)
+    length_N[-3:] = 0.1, 0.1, 50.0
+    hidden_ND = torch.from_numpy(np.eye(4)[kind_N] * length_N[:, None]).float()
+    hidden_ND += 0.02 * torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(0))
+    group_C = group_classes(hidden_ND, rows_of(classes, 21), 2, seed=0)
+    assert group_C.tolist() == [int(group_C[c % 2]) for c in range(21)]
+    assert group_C[0] != group_C[1]
+
+
 def test_classes_are_grouped_alike_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = rows_of([[n % 50, 50 + n % 7] for n in range(200)], 57)

@@ -359,3 +359,15 @@ def test_pads_are_no_labels(loss, padded_NP):
     got = there.score(rows, hidden_ND, DeviceLabels.from_padded(torch.tensor(padded_NP), 5), 0)
     torch.testing.assert_close(got.loss_N, want.loss_N, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_scores_of_bfloat16_products_are_float32_on_a_device():
+    """Those of the CPU's kernels stay in bfloat16."""
+    rows = Rows(torch.randn(5, D, generator=generator()), None)
+    here, there = (Scorer("exact", precision="bfloat16") for _ in range(2))
+    there.place(on_device(torch.device("cpu")), "none")
+    hidden_ND = torch.randn(3, D, generator=generator(1))
+    labels = CsrArrays(np.arange(4), np.array([3, 0, 4], dtype=np.int32), None, 5)
+    assert here.score(rows, hidden_ND, labels, 0).grad.dtype == torch.bfloat16
+    padded = DeviceLabels.from_padded(torch.tensor([[3], [0], [4]]), 5)
+    assert there.score(rows, hidden_ND, padded, 0).grad.dtype == torch.float32

@@ -11,8 +11,11 @@ from slidex.errors import ConfigError
 from slidex.kernels import OPTIMIZERS, StepSettings
 from slidex.kernels.optimizer import state_size
 from slidex.lsh import ClassSampler
-from slidex.nn.candidates import CandidateSelector
+from slidex.nn.candidates import CandidateSelector, label_weights
 from slidex.nn.head import SampledHead
+from slidex.nn.scoring import Rows, Scorer
+from slidex.nn.sharding import Shard
+from slidex.nn.smoothing import LabelMass
 
 C, D, N = 40, 12, 7
 LABELS = CsrArrays(
@@ -141,6 +144,24 @@ def test_gradients_of_bfloat16_products_are_torchs(mode, loss, dtype):
     ):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.01 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("what", ["smoothing", "float64", "shard"])
+def test_scores_are_as_wide_as_before_where_something_else_than_the_kernel_takes_them(what):
+    dtype = torch.float64 if what == "float64" else torch.float32
+    shard = Shard(None, 0, 1, C, 0, C) if what == "shard" else None
+    weights, smoothing = label_weights(LABELS), 0.1 if what == "smoothing" else 0.0
+    mass = LabelMass(weights, smoothing)
+    rows = Rows(torch.randn(C, D, generator=torch.Generator().manual_seed(3)).to(dtype), None)
+    scored, want = (
+        Scorer("exact", precision=precision, shard=shard).score(
+            rows, hidden().to(dtype), LABELS, 1, mass=mass
+        )
+        for precision in ("bfloat16", "float32")
+    )
+    assert scored.grad.dtype == dtype
+    torch.testing.assert_close(scored.loss_N, want.loss_N, rtol=0.03, atol=0.03)
+    torch.testing.assert_close(scored.grad, want.grad, rtol=0.05, atol=0.05)
 
 
 def test_bfloat16_products_stay_close_to_float32():
