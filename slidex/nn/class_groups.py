@@ -87,10 +87,11 @@ def group_classes(hidden_ND: torch.Tensor, labels: CsrArrays, num_groups: int, s
     Args:
         hidden_ND: float32, of the training rows.
         labels: True classes of these rows.
-        num_groups: G, at most the number of classes that have a row.
+        num_groups: G; where fewer classes have a row, or are drawn, as many as these.
         seed: Of the sample, and of where k-means starts.
     """
     from sklearn.cluster import MiniBatchKMeans  # noqa: PLC0415  (takes a second to import)
+    from threadpoolctl import threadpool_limits  # noqa: PLC0415
 
     normalize = torch.nn.functional.normalize
     ones = np.ones(labels.nnz, dtype=np.float32)
@@ -105,7 +106,7 @@ def group_classes(hidden_ND: torch.Tensor, labels: CsrArrays, num_groups: int, s
     seen = np.flatnonzero(np.diff(rows_of_class.indptr))
     drawn = np.random.default_rng(seed).choice(seen, min(len(seen), _SAMPLE), replace=False)
     clusters = MiniBatchKMeans(
-        num_groups,
+        min(num_groups, len(drawn)),
         init="random",
         n_init=1,
         max_iter=_PASSES,
@@ -113,7 +114,9 @@ def group_classes(hidden_ND: torch.Tensor, labels: CsrArrays, num_groups: int, s
         random_state=seed,
         compute_labels=False,
     )
-    centers_GD = normalize(torch.from_numpy(clusters.fit(means(drawn).numpy()).cluster_centers_))
+    with threadpool_limits(torch.get_num_threads()):
+        clusters.fit(means(drawn).numpy())
+    centers_GD = normalize(torch.from_numpy(clusters.cluster_centers_))
     group_C = torch.empty(labels.num_columns, dtype=torch.int32)
     for first in range(0, labels.num_columns, _CLASSES_AT_ONCE):
         part = slice(first, min(first + _CLASSES_AT_ONCE, labels.num_columns))

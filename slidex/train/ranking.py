@@ -44,7 +44,7 @@ its weights."""
 CENTROID, ORIGIN = 2.0, -1.0
 """Of `linear_fit`: where weights and bias are drawn to."""
 MOST_GROUPS = 64
-"""Of classes, that a row can be a pair with in fitting those; its first candidates' count."""
+"""Groups that a row is a pair with at most, in fitting those: the groups of its first candidates."""
 
 
 def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]], None]) -> None:
@@ -98,10 +98,9 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
         )
         pairs, groups = class_pairs(y, found_NA), None
         weights = fitted("weights", y, pairs)
-        num_groups = min(config.ranker_groups, np.count_nonzero(run.class_counts()))
-        if num_groups:
-            group_C = group_classes(_hidden(model, x), y, num_groups, config.seed)
-            labels = group_labels(group_C, y, num_groups)
+        if config.ranker_groups:
+            group_C = group_classes(_hidden(model, x), y, config.ranker_groups, config.seed)
+            labels = group_labels(group_C, y, int(group_C.max()) + 1)
             found_NB, _ = distinct_groups(
                 group_C, torch.from_numpy(found_NA), min(MOST_GROUPS, found_NA.shape[1])
             )

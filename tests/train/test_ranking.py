@@ -208,7 +208,7 @@ def test_groups_are_fitted_on_rows_of_their_classes_and_rows_that_have_them_as_c
 
 def test_there_are_no_more_groups_than_classes(data, tmp_path):
     run = slidex.fit(data, tmp_path / "run", config(ranker_groups=1000))
-    assert load_ranker(run.path).groups.num_groups == 200
+    assert 150 < load_ranker(run.path).groups.num_groups <= 200
     assert slidex.evaluate(run, data)["P@1"] > 0.4
 
 
