@@ -171,7 +171,7 @@ def _mode_costs(
         "per_sample": N * A * (PAIR_NS + D * PAIR_DIMENSION_NS) + N * SELECTION_NS["per_sample"],
     }
     activation_bytes = {
-        "exact": 4 * N * C,  # scores; the gradient of W is made in pieces
+        "exact": 4 * N * C,  # scores, at most; the gradient of W is made in pieces
         "shared": 4 * (N * U + 2 * U * D),  # scores, gathered rows, their gradient
         "per_sample": 24 * N * A,  # int64 id, score, gradient, transposed pair
     }

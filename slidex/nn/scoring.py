@@ -312,9 +312,9 @@ class Scorer:
             )
         added_U = bias_U if offset_U is None else bias_U + offset_U
         if self.shard is None:
-            added_U = torch.nn.functional.pad(
-                added_U, (0, logits_NU.shape[1] - len(added_U)), value=-torch.inf
-            )
+            filled_up = logits_NU.shape[1] - len(added_U)
+            if filled_up:
+                added_U = torch.nn.functional.pad(added_U, (0, filled_up), value=-torch.inf)
             loss_N = self._kernels.shared_softmax_loss(
                 logits_NU, indptr, positions, weights * row_scale, added_U
             )

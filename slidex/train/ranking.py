@@ -78,10 +78,17 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                     f"Continue with: slidex train DATA --out {run.path} --resume"
                 )
 
+        search = neighbor_search(x, y) if config.ranker_neighbors else None
+        propose = _proposer(model, dataset, config, run.class_counts())
+        found_NA = _candidates(
+            model, x, config, search, propose, lambda done: tell("candidates", done, x.num_rows)
+        )
+        x_rows = row_tensors(x.unit_rows())
+
         def fitted(stage: str, labels: CsrArrays, pairs: ClassPairs) -> LinearWeights:
             return linear_fit(
                 *pairs,
-                *row_tensors(x.unit_rows()),
+                *x_rows,
                 dataset.num_features,
                 cost=config.ranker_cost * cost_factors(labels),
                 centroid=CENTROID,
@@ -91,11 +98,6 @@ def fit_ranker(run: Run, dataset: Dataset, notify: Callable[[str, dict[str, Any]
                 progress=lambda done, total: tell(stage, done, total),
             )
 
-        search = neighbor_search(x, y) if config.ranker_neighbors else None
-        propose = _proposer(model, dataset, config, run.class_counts())
-        found_NA = _candidates(
-            model, x, config, search, propose, lambda done: tell("candidates", done, x.num_rows)
-        )
         pairs, groups = class_pairs(y, found_NA), None
         weights = fitted("weights", y, pairs)
         if config.ranker_groups:
