@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slidex.errors import ConfigError
-from slidex.metrics import ClassGroups, MetricAccumulator
+from slidex.metrics import MetricAccumulator, MetricGroups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ UNSEEN = "unseen"
 """Name of the group of classes without training rows."""
 
 
-def frequency_groups(class_counts: np.ndarray) -> ClassGroups:
+def frequency_groups(class_counts: np.ndarray) -> MetricGroups:
     """Deciles of the training label mass, ``"1"`` the most frequent classes, and `UNSEEN`.
 
     With classes sorted from most to least frequent (equal counts by id), a class is in decile d where the classes
@@ -50,7 +50,7 @@ def frequency_groups(class_counts: np.ndarray) -> ClassGroups:
     group_C = np.full(len(counts), DECILES, dtype=np.int8)
     seen = counts[order] > 0
     group_C[order[seen]] = DECILES * before[seen] // max(1, int(counts.sum()))
-    return ClassGroups((*(str(d) for d in range(1, DECILES + 1)), UNSEEN), group_C)
+    return MetricGroups((*(str(d) for d in range(1, DECILES + 1)), UNSEEN), group_C)
 
 
 class FrequencyAccumulator:

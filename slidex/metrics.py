@@ -59,7 +59,7 @@ def propensities(class_counts: np.ndarray, num_rows: int, a: float = 0.55, b: fl
     return 1 / (1 + scale * (counts + b) ** -a)
 
 
-def class_groups(class_counts: np.ndarray, shares: tuple[float, float] = (1 / 3, 2 / 3)) -> np.ndarray:
+def head_torso_tail(class_counts: np.ndarray, shares: tuple[float, float] = (1 / 3, 2 / 3)) -> np.ndarray:
     """Split the classes into head, torso and tail by the label mass they hold in training.
 
     With classes sorted from most to least frequent (equal counts by id), a class is *head* while the classes
@@ -77,12 +77,12 @@ def class_groups(class_counts: np.ndarray, shares: tuple[float, float] = (1 / 3,
     Raises:
         ConfigError: An argument is out of range.
     """
-    counts = _checked_counts(class_counts, "class_groups")
+    counts = _checked_counts(class_counts, "head_torso_tail")
     head_end, torso_end = shares
     _require(
         0 <= head_end <= torso_end <= 1,
         "shares",
-        "class_groups",
+        "head_torso_tail",
         "two fractions, 0 <= first <= second <= 1",
         shares,
     )
@@ -96,7 +96,7 @@ def class_groups(class_counts: np.ndarray, shares: tuple[float, float] = (1 / 3,
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ClassGroups:
+class MetricGroups:
     """A partition of the classes to report metrics for.
 
     Args:
@@ -134,7 +134,7 @@ class MetricAccumulator:
         ks: The k to report; duplicates are dropped and the rest sorted.
         a: Propensity exponent.
         b: Propensity offset.
-        shares: Bounds of head and torso, see `class_groups`.
+        shares: Bounds of head and torso, see `head_torso_tail`.
         groups: Other groups than head, torso and tail; `shares` then has no meaning.
         count_unlabelled: Rows without any true class count as 0 in the means of P, nDCG and recall, which is
             the repository's convention (napkinXC does so); False leaves them out. PSP and PSnDCG are
@@ -153,7 +153,7 @@ class MetricAccumulator:
         b: float = 1.5,
         *,
         shares: tuple[float, float] = (1 / 3, 2 / 3),
-        groups: ClassGroups | None = None,
+        groups: MetricGroups | None = None,
         count_unlabelled: bool = True,
     ) -> None:
         positive = len(ks) > 0 and all(isinstance(k, int | np.integer) and k >= 1 for k in ks)
@@ -162,7 +162,7 @@ class MetricAccumulator:
         self._count_unlabelled = count_unlabelled
         self._inverse_C = 1 / propensities(class_counts, num_train_rows, a, b)
         if groups is None:
-            groups = ClassGroups(GROUPS, class_groups(class_counts, shares))
+            groups = MetricGroups(GROUPS, head_torso_tail(class_counts, shares))
         self._groups = _checked_groups(groups, len(self._inverse_C))
         self._group_C = groups.group_C + np.int8(1)  # 0 stands for all classes
         self._discount_K = 1 / np.log2(np.arange(2, self._ks[-1] + 2))
@@ -304,7 +304,7 @@ def _checked_counts(class_counts: np.ndarray, caller: str) -> np.ndarray:
     return counts.astype(np.int64)
 
 
-def _checked_groups(groups: ClassGroups, num_classes: int) -> tuple[str, ...]:
+def _checked_groups(groups: MetricGroups, num_classes: int) -> tuple[str, ...]:
     """The names, if every class is in one of the groups."""
     group_C = groups.group_C
     fits = group_C.dtype == np.int8 and group_C.shape == (num_classes,)

@@ -10,7 +10,7 @@ import pytest
 from slidex.data.csr import CsrArrays
 from slidex.errors import ConfigError
 from slidex.frequency import UNSEEN, FrequencyAccumulator, format_frequency, frequency_groups
-from slidex.metrics import ClassGroups, MetricAccumulator
+from slidex.metrics import MetricAccumulator, MetricGroups
 
 
 def csr(rows: list[list[int]], num_columns: int) -> CsrArrays:
@@ -132,4 +132,4 @@ def test_the_table_has_a_line_for_each_decile():
 )
 def test_groups_that_do_not_fit_are_refused(group_C):
     with pytest.raises(ConfigError, match="'groups' parameter of MetricAccumulator"):
-        MetricAccumulator(np.array([1, 1]), 2, groups=ClassGroups(("a", "b"), group_C))
+        MetricAccumulator(np.array([1, 1]), 2, groups=MetricGroups(("a", "b"), group_C))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slidex.data.csr import CsrArrays
 from slidex.errors import ConfigError, DataError
-from slidex.metrics import GROUPS, METRICS, MetricAccumulator, class_groups, format_metrics, propensities
+from slidex.metrics import GROUPS, METRICS, MetricAccumulator, format_metrics, head_torso_tail, propensities
 
 NUM_CLASSES = 40
 NUM_TRAIN_ROWS = 500
@@ -138,7 +138,7 @@ def test_propensities_are_probabilities_that_grow_with_the_count(counts, num_row
 def test_groups_take_thirds_of_the_label_mass():
     counts = np.array([0, 10, 30, 10, 5, 5, 0])
     # 30 of 60 labels reach past the first third, 10 more reach two thirds exactly, the rest is tail.
-    assert [GROUPS[g] for g in class_groups(counts)] == [
+    assert [GROUPS[g] for g in head_torso_tail(counts)] == [
         "tail",
         "torso",
         "head",
@@ -147,13 +147,13 @@ def test_groups_take_thirds_of_the_label_mass():
         "tail",
         "tail",
     ]
-    assert class_groups(counts, shares=(0.5, 1.0)).tolist() == [2, 1, 0, 1, 1, 1, 2]
-    assert class_groups(np.zeros(3, dtype=int)).tolist() == [2, 2, 2]
+    assert head_torso_tail(counts, shares=(0.5, 1.0)).tolist() == [2, 1, 0, 1, 1, 1, 2]
+    assert head_torso_tail(np.zeros(3, dtype=int)).tolist() == [2, 2, 2]
 
 
 def test_group_metrics_equal_a_plain_count():
     counts, truth, ranked = random_case(seed=3)
-    groups = class_groups(counts)
+    groups = head_torso_tail(counts)
     inverse = 1 / propensities(counts, NUM_TRAIN_ROWS)
     metrics = MetricAccumulator(counts, NUM_TRAIN_ROWS, (3,))
     metrics.update(padded(ranked, 8), csr(truth))
