@@ -213,20 +213,12 @@ def _widen(x):
 
 
 @njit(nogil=True)
-def widen_into(wide, x):
-    """``wide[i] = widen(x[i])`` for all i."""
-    for i in range(x.size):
-        wide[i] = widen(x[i])
-
-
-@njit(nogil=True)
-def narrow_into(x, wide):
-    """Inverse of `widen_into` for int16, rounded to nearest, halves to even; NaN stays NaN."""
-    for i in range(x.size):
-        bits = np.float32(wide[i]).view(np.uint32)
-        even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
-        rounded = np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
-        x[i] = np.int16(rounded if wide[i] == wide[i] else np.uint32(0x7FC0))
+def narrow(x):
+    """Inverse of `widen` for float32: the int16, rounded to nearest, halves to even; NaN stays NaN."""
+    bits = np.float32(x).view(np.uint32)
+    even = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+    rounded = np.uint32(bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+    return np.int16(rounded if x == x else np.uint32(0x7FC0))  # noqa: PLR0124  (NaN)
 
 
 def _to_ordered(x):

@@ -2,6 +2,7 @@
 
 A row of scores is read once from memory and its gradient written once; the passes in between (maximum,
 exponentials and their sum, scaling) stay in cache, and the float32 exponential vectorises (`intrinsics`).
+Scores in bfloat16 are widened by blocks, as a row of millions would not stay there.
 Letters: N batch rows, A active slots per row (-inf marks a pad), U pool size, P targets of a row.
 """
 
@@ -20,9 +21,13 @@ from slidex.kernels.cpu.intrinsics import (
     lane_sum,
     log1p_unit,
     maximum,
-    narrow_into,
-    widen_into,
+    narrow,
+    widen,
 )
+
+BLOCK = 4096
+"""Scores in bfloat16 that are widened at once: they stay in the first-level cache until they are exponentials."""
+LOWEST = np.finfo(np.float32).min
 
 
 def softmax_loss(
@@ -220,14 +225,13 @@ def _softmax_shared(scores_NU, indptr, positions, weights, offset_U, loss_N):
 
 @njit(cache=True, nogil=True, parallel=True)
 def _softmax_shared_narrow(scores_NU, indptr, positions, weights, offset_U, loss_N, chunks):
-    """Scores in bfloat16, widened a row at a time."""
     for chunk in prange(chunks):
         wide_U = np.empty_like(offset_U)
         for n in range(chunk * loss_N.size // chunks, (chunk + 1) * loss_N.size // chunks):
             targets = slice(indptr[n], indptr[n + 1])
-            widen_into(wide_U, scores_NU[n])
-            loss_N[n] = _softmax_shared_row(wide_U, positions[targets], weights[targets], offset_U)
-            narrow_into(scores_NU[n], wide_U)
+            loss_N[n] = _softmax_narrow_row(
+                scores_NU[n], positions[targets], weights[targets], offset_U, wide_U
+            )
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FUSE)
@@ -247,6 +251,47 @@ def _softmax_shared_row(scores_U, positions_P, weights_P, offset_U):
     for j in range(positions_P.size):
         scores_U[positions_P[j]] -= weights_P[j]
     return mass * log_total - aligned
+
+
+@njit(nogil=True, error_model="numpy", fastmath=FUSE)
+def _softmax_narrow_row(scores_U, positions_P, weights_P, offset_U, wide_U):
+    """Scores in bfloat16: exponentials by blocks, each against its own maximum, in one sweep; a second one scales them.
+
+    A row of millions of classes leaves the cache between sweeps.
+    """
+    zero = wide_U.dtype.type(0)
+    mass = aligned = total = zero
+    if not np.any(weights_P):
+        scores_U[:] = 0
+        return mass
+    blocks = (wide_U.size + BLOCK - 1) // BLOCK
+    most_B, total_B = np.empty(blocks, dtype=wide_U.dtype), np.empty(blocks, dtype=wide_U.dtype)
+    for b in range(blocks):
+        part = slice(b * BLOCK, (b + 1) * BLOCK)
+        wide_B, narrow_B, offset_B = wide_U[part], scores_U[part], offset_U[part]
+        for i in range(wide_B.size):
+            wide_B[i] = widen(narrow_B[i]) + offset_B[i]
+        most = max(maximum(wide_B), LOWEST)  # of pads alone it is -inf
+        for i in range(wide_B.size):
+            wide_B[i] = exp_nonpositive(wide_B[i] - most)
+        most_B[b], total_B[b] = most, lane_sum(wide_B)
+    most = maximum(most_B)
+    for b in range(blocks):
+        most_B[b] = exp_nonpositive(most_B[b] - most)
+        total += total_B[b] * most_B[b]
+    for j in range(positions_P.size):
+        if weights_P[j] != 0:
+            mass += weights_P[j]
+            aligned += weights_P[j] * (widen(scores_U[positions_P[j]]) + offset_U[positions_P[j]] - most)
+    for b in range(blocks):
+        part = slice(b * BLOCK, (b + 1) * BLOCK)
+        wide_B, narrow_B, scale = wide_U[part], scores_U[part], mass / total * most_B[b]
+        for i in range(wide_B.size):
+            narrow_B[i] = narrow(wide_B[i] * scale)
+    for j in range(positions_P.size):
+        u = positions_P[j]
+        scores_U[u] = narrow(wide_U[u] * (mass / total * most_B[u // BLOCK]) - weights_P[j])
+    return mass * math.log(total) - aligned
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FUSE)
