@@ -84,21 +84,11 @@ def hidden_gradient(grad_NV: torch.Tensor, rows_VD: torch.Tensor, dtype: torch.d
     return total_ND
 
 
-def rows_gradient(
-    grad_NU: torch.Tensor, hidden_ND: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``gradᵀ hidden``, (U, D), and the sum of grad's rows, (U,), for the classes of a piece; wide as `hidden_ND`.
-
-    A piece of many classes in bfloat16 is either copied and transposed, or the product is: the smaller of the two.
-    """
-    wide, some_of_many = hidden_ND.dtype, grad_NU.device.type == "cpu" and not grad_NU.is_contiguous()
-    if some_of_many and grad_NU.dtype == dtype != wide and hidden_ND.shape[1] < len(hidden_ND):
-        ones_N1 = hidden_ND.new_ones(len(hidden_ND), 1)
-        both_DU = torch.cat([hidden_ND, ones_N1], 1).to(dtype).T @ grad_NU
-        return both_DU[:-1].T.contiguous().to(wide), both_DU[-1].to(wide)
+def rows_gradient(grad_NU: torch.Tensor, hidden_ND: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradᵀ hidden``, (U, D), in the dtype of `hidden_ND`; for the classes of a piece."""
     grad_UN = grad_NU.T
     grad_VN = _filled_up(grad_UN, dtype, _size(len(grad_UN), dtype, grad_UN.device), 0)
-    return (grad_VN @ hidden_ND.to(dtype))[: len(grad_UN)].to(wide), grad_NU.sum(0).to(wide)
+    return (grad_VN @ hidden_ND.to(dtype))[: len(grad_UN)].to(hidden_ND.dtype)
 
 
 def _size(num_classes: int, dtype: torch.dtype, device: torch.device) -> int:

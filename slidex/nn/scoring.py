@@ -239,8 +239,9 @@ class Scorer:
         dtype = self._product_dtype(hidden_ND)
         for part in products.pieces(hidden_ND, grad.shape[1]):
             ids_U, grad_NU = scored.ids[part], grad[:, part]
-            grad_VD, grad_V = products.rows_gradient(grad_NU, hidden_ND, dtype)
-            self._kernels.rows_update(ids_U, grad_VD[: len(ids_U)], grad_V[: len(ids_U)], *layer, settings)
+            grad_UD = products.rows_gradient(grad_NU, hidden_ND, dtype)[: len(ids_U)]
+            grad_U = grad_NU.sum(0).to(hidden_ND.dtype)[: len(ids_U)]
+            self._kernels.rows_update(ids_U, grad_UD, grad_U, *layer, settings)
         if self.mode == "exact" and grad.device.type == "cpu":  # a device keeps memory by itself
             self._memory = grad
 
@@ -266,7 +267,8 @@ class Scorer:
         ids_U, order = ids.sort()
         if self.selector is not None:  # else they are all classes, in order
             grad = grad[:, order]
-        return ids_U, *products.rows_gradient(grad, hidden_ND, self._product_dtype(hidden_ND))
+        grad_UD = products.rows_gradient(grad, hidden_ND, self._product_dtype(hidden_ND))
+        return ids_U, grad_UD, grad.sum(0).to(hidden_ND.dtype)
 
     def _pool_loss(
         self,
