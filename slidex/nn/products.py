@@ -23,7 +23,7 @@ CLASSES_AT_ONCE = 1 << 16
 """On a device."""
 _CPU_PIECE = 3 << 21
 """Scores, or numbers of gradients of rows, in a piece: 12 MiB of bfloat16. What a piece needs at once stays below the
-32 MiB that glibc keeps of what is freed, else every piece has page faults; and a pool of `fast` is one piece."""
+32 MiB that glibc keeps of what is freed, else every piece has page faults; and most pools of `fast` are one."""
 _SIZES = 256
 """Of a product in bfloat16 on a CPU the number of classes is a multiple of it, except the last piece of all classes."""
 
