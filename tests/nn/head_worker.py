@@ -23,6 +23,8 @@ D, C, ROWS = 6, 42, 8
 F64 = torch.float64
 EXACT = {"mode": "exact", "precision": "float32"}
 ALL_ACTIVE = {"pool_size": 8 * C, "active_size": 8 * C, "precision": "float32", "correction": "stratified"}
+PER_SAMPLE = ALL_ACTIVE | {"mode": "per_sample", "batch_share": 0.0}
+LOGQ = ALL_ACTIVE | {"correction": "logq", "class_counts": torch.arange(1, C + 1)}
 
 
 def close(got: torch.Tensor, want: torch.Tensor, what: object) -> None:
@@ -56,7 +58,7 @@ def check_loss_and_gradients(rank: int, size: int) -> None:
             (0.0, None),
             (0.1, torch.rand(C, generator=torch.Generator().manual_seed(2)) + 0.1),
         ):
-            for options in (None, EXACT, ALL_ACTIVE, ALL_ACTIVE | {"mode": "per_sample", "batch_share": 0.0}):
+            for options in (None, EXACT, ALL_ACTIVE, LOGQ, PER_SAMPLE):
                 linear, losses, inputs, upstreams = layer(), [], [], []
                 for r in range(size):
                     hidden_ND, target_N = rows(r, counts[r])
@@ -92,7 +94,7 @@ def check_loss_and_gradients(rank: int, size: int) -> None:
 
 def check_training(rank: int, size: int) -> None:
     """An encoder in DDP and a sharded head with fused Adam become what one process makes of all rows."""
-    for settings in (EXACT, ALL_ACTIVE, ALL_ACTIVE | {"mode": "per_sample", "batch_share": 0.0}):
+    for settings in (EXACT, ALL_ACTIVE, PER_SAMPLE):
         options = SamplingOptions(**settings, optimizer="adam", learning_rate=0.05, rehash_every=2)
         torch.manual_seed(3)
         encoder, alone = torch.nn.Linear(D, D, dtype=F64), torch.nn.Linear(D, D, dtype=F64)
