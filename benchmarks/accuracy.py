@@ -171,10 +171,13 @@ class Book:
         return line
 
 
-def slidex_line(book: Book, name: str, data: Path, preset: str, mode: str, seed: int, threads: int) -> Line:
-    """One training of slidex, in the preset's mode (``preset``) or another."""
-    changes = {"seed": seed, "threads": threads} | ({} if mode == "preset" else {"mode": mode})
-    settings = TrainConfig.from_mapping(changes, preset=preset).to_mapping()
+def slidex_line(
+    book: Book, name: str, data: Path, preset: str, changes: dict[str, Any], seed: int, threads: int
+) -> Line:
+    """One training of slidex, with the preset's settings but for `changes`, which its name in the table tells."""
+    settings = TrainConfig.from_mapping(
+        {**changes, "seed": seed, "threads": threads}, preset=preset
+    ).to_mapping()
     dataset = load(name, data)
     key = digest([fingerprint(dataset), settings, source_digest(), K])
 
@@ -188,7 +191,7 @@ def slidex_line(book: Book, name: str, data: Path, preset: str, mode: str, seed:
         ) as error:  # the latter if the process was killed, as for memory
             return {"failed": str(error)}
 
-    method = f"slidex {preset}" if mode == "preset" else f"slidex {preset}, mode {mode}"
+    method = ", ".join([f"slidex {preset}", *(f"{setting} {value}" for setting, value in changes.items())])
     return book.line({"set": name, "method": method, "seed": seed}, key, measure)
 
 
@@ -228,7 +231,8 @@ def tables(lines: Iterable[Line]) -> str:
 def place(method: str) -> int:
     """Where a method stands in a table: peers in the order of `PEERS`, then presets in the order of `PRESETS`."""
     known = [*(peer.label for peer in PEERS), *(f"slidex {preset}" for preset in PRESETS)]
-    method = method.partition(", mode ")[0]
+    if method.startswith("slidex "):
+        method = method.partition(", ")[0]
     return known.index(method) if method in known else len(known)
 
 
@@ -291,6 +295,7 @@ def names_in(text: str, known: Sequence[str], option: str) -> list[str]:
 @click.option(
     "--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Of slidex: 0, 1, ..."
 )
+@click.option("--epochs", type=click.IntRange(min=1), help="Of slidex. Default: the preset's.")
 @click.option("--peers", default="all", show_default=True, help=f"all, none or some of {','.join(BY_NAME)}.")
 @click.option(
     "--minutes", default=MINUTES, show_default=True, help="Wall time that a peer may take for a set."
@@ -305,6 +310,7 @@ def main(
     presets: str,
     modes: str,
     seeds: int,
+    epochs: int | None,
     peers: str,
     minutes: float,
     retry: bool,
@@ -331,7 +337,9 @@ def main(
             if not peer.only or name in peer.only:
                 show(peer_line(book, name, data, peer, facts["threads"], minutes))
         for preset, mode, seed in itertools.product(chosen_presets, chosen_modes, range(seeds)):
-            show(slidex_line(book, name, data, preset, mode, seed, facts["threads"]))
+            asked = {"mode": None if mode == "preset" else mode, "epochs": epochs}
+            changes = {setting: value for setting, value in asked.items() if value is not None}
+            show(slidex_line(book, name, data, preset, changes, seed, facts["threads"]))
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     found = tables(book.lines)
     click.echo("\n".join([found, *skipped]))

@@ -158,14 +158,14 @@ def test_a_training_that_diverges_or_is_killed_is_a_line_of_the_table(
             raise error
 
         monkeypatch.setattr(accuracy, "in_child", fail)
-        line = accuracy.slidex_line(lines, "easy", tmp_path, "fast", "preset", seed, 1)
+        line = accuracy.slidex_line(lines, "easy", tmp_path, "fast", {}, seed, 1)
         assert line["failed"] == str(error)
     keys = {line["key"] for line in lines.lines}
-    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "accurate", "preset", 0, 1)["key"])
+    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "accurate", {}, 0, 1)["key"])
     monkeypatch.setattr(accuracy, "source_digest", lambda: "changed")
-    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "fast", "preset", 0, 1)["key"])
-    exact = accuracy.slidex_line(lines, "easy", tmp_path, "fast", "exact", 0, 1)
-    assert exact["method"] == "slidex fast, mode exact"
+    keys.add(accuracy.slidex_line(lines, "easy", tmp_path, "fast", {}, 0, 1)["key"])
+    exact = accuracy.slidex_line(lines, "easy", tmp_path, "fast", {"mode": "exact", "epochs": 1}, 0, 1)
+    assert exact["method"] == "slidex fast, mode exact, epochs 1"
     assert accuracy.place(exact["method"]) == accuracy.place("slidex fast")
     assert exact["key"] not in keys
     assert len(keys) == 4  # seed, settings and code
