@@ -218,7 +218,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "millions": {
         **_FAST,
         "epochs": 3,
-        "rehash": "fixed",
         "ranker_neighbors": 200,
         "ranker_groups": 512,
         "ranker_weight": 16.0,
