@@ -337,8 +337,7 @@ def main(
             if not peer.only or name in peer.only:
                 show(peer_line(book, name, data, peer, facts["threads"], minutes))
         for preset, mode, seed in itertools.product(chosen_presets, chosen_modes, range(seeds)):
-            asked = {"mode": None if mode == "preset" else mode, "epochs": epochs}
-            changes = {setting: value for setting, value in asked.items() if value is not None}
+            changes = ({} if mode == "preset" else {"mode": mode}) | ({"epochs": epochs} if epochs else {})
             show(slidex_line(book, name, data, preset, changes, seed, facts["threads"]))
     click.echo(", ".join(f"{name} {value}" for name, value in facts.items()))
     found = tables(book.lines)

@@ -262,6 +262,35 @@ def test_the_command_names_what_it_does_not_know_and_prints_what_is_there(
     assert "deb-deps-trixie/train.jsonl.xz: no such file" in skipped.stdout
 
 
+def test_the_command_trains_in_the_modes_and_epochs_it_is_asked_for(
+    accuracy, easy_data, monkeypatch, tmp_path
+) -> None:
+    trained = []
+
+    def in_child(function, _name, _data, settings):
+        if function is accuracy.train_slidex:
+            trained.append((settings["mode"], settings["epochs"], settings["seed"]))
+        return measured(accuracy)
+
+    monkeypatch.setattr(accuracy, "load", lambda *_: easy_data)
+    monkeypatch.setattr(accuracy, "in_child", in_child)
+    arguments = ["--sets", "easy", "--peers", "none", "--presets", "fast", "--modes", "preset,exact"]
+    for more in (["--epochs", "7", "--seeds", "2"], ["--seeds", "1"]):
+        done = CliRunner().invoke(accuracy.main, [*arguments, *more])
+        assert done.exit_code == 0, done.output
+    assert trained == [
+        ("auto", 7, 0),
+        ("auto", 7, 1),
+        ("exact", 7, 0),
+        ("exact", 7, 1),
+        ("auto", 2, 0),
+        ("exact", 2, 0),
+    ]
+    assert "| slidex fast, epochs 7, 2 seeds |" in done.stdout
+    assert "| slidex fast, mode exact, epochs 7, 2 seeds |" in done.stdout
+    assert "| slidex fast, mode exact | 50.00 |" in done.stdout
+
+
 def test_what_benchmarks_write_does_not_make_a_commit_dirty(tmp_path) -> None:
     report = importlib.import_module("benchmarks.report")
     assert report.commit(tmp_path) == "unknown"
